@@ -1,0 +1,1 @@
+"""Bounded recovery and named failure for fleets of SGLang engines on Ray."""
