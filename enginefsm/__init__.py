@@ -1,1 +1,102 @@
-"""Bounded recovery and named failure for fleets of SGLang engines on Ray."""
+"""Bounded recovery and named failure for fleets of SGLang engines on Ray.
+
+The functions of this module act on one monitor for the process; `EngineMonitor` is for those who want more.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any, overload
+
+from ray import ObjectRef
+from ray.actor import ActorHandle
+
+from enginefsm.calls import Call
+from enginefsm.engine import MonitoredEngine, Probe
+from enginefsm.errors import ActorRestartedError, LaunchDeadlineError, RetryExhaustedError
+from enginefsm.events import CallOutcome, Event, Listener
+from enginefsm.metrics import MetricsServer
+from enginefsm.monitor import EngineMonitor
+from enginefsm.outcomes import Outcome, classify
+from enginefsm.policy import RetryPolicy
+from enginefsm.states import EngineState, Reason, Transition
+
+__all__ = [
+    "ActorRestartedError",
+    "Call",
+    "CallOutcome",
+    "EngineMonitor",
+    "EngineState",
+    "Event",
+    "LaunchDeadlineError",
+    "Listener",
+    "MonitoredEngine",
+    "Outcome",
+    "Reason",
+    "RetryExhaustedError",
+    "RetryPolicy",
+    "Transition",
+    "adopt",
+    "classify",
+    "configure",
+    "default_monitor",
+    "get",
+    "release",
+    "serve_metrics",
+]
+
+_lock = threading.Lock()
+_monitor: EngineMonitor | None = None
+
+
+def configure(run: str = "", policy: RetryPolicy | None = None, listeners: Sequence[Listener] = ()) -> EngineMonitor:
+    """Set up the process's monitor; without it there is one with the defaults.
+
+    Raises RuntimeError when the present one has engines already: they would be lost to it.
+    """
+    global _monitor
+    with _lock:
+        if _monitor is not None and _monitor.engines():
+            raise RuntimeError("configure() comes before the first adopt(); the monitor has engines already")
+        _monitor = EngineMonitor(run, policy, listeners)
+        return _monitor
+
+
+def default_monitor() -> EngineMonitor:
+    """The process's monitor."""
+    global _monitor
+    with _lock:
+        if _monitor is None:
+            _monitor = EngineMonitor()
+        return _monitor
+
+
+def adopt(
+    handle: ActorHandle[Any], *, name: str, launch: str = "init", probe: Probe | None = None, **labels: object
+) -> MonitoredEngine:
+    """Take an engine actor under the process's monitor; see `EngineMonitor.adopt`."""
+    return default_monitor().adopt(handle, name=name, launch=launch, probe=probe, **labels)
+
+
+def release(engine: MonitoredEngine) -> None:
+    """Let go of an engine; see `EngineMonitor.release`."""
+    default_monitor().release(engine)
+
+
+@overload
+def get(calls: Call | ObjectRef[Any], timeout: float | None = None) -> Any: ...
+
+
+@overload
+def get(calls: Sequence[Call | ObjectRef[Any]], timeout: float | None = None) -> list[Any]: ...
+
+
+def get(calls: Call | ObjectRef[Any] | Sequence[Call | ObjectRef[Any]], timeout: float | None = None) -> Any:
+    """Wait for calls, bearing with engines that are unavailable for a time; see `EngineMonitor.get`."""
+    return default_monitor().get(calls, timeout)
+
+
+def serve_metrics(port: int, addr: str = "127.0.0.1") -> MetricsServer:
+    """Serve the process's monitor's metrics; see `EngineMonitor.serve_metrics`."""
+    return default_monitor().serve_metrics(port, addr)

@@ -1,0 +1,68 @@
+"""What is read of Ray's handles beyond their public surface. All of it stands here, to be looked at with a new Ray."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from ray import ObjectRef
+from ray.actor import ActorHandle, ActorMethod, _ActorClassMethodMetadata
+
+
+def actor_id(handle: ActorHandle[Any]) -> str:
+    """The id of the handle's actor, in hex, as `RayActorError.actor_id` has it."""
+    return str(handle._ray_actor_id.hex())
+
+
+def actor_id_of(ref: ObjectRef[Any]) -> str | None:
+    """The id of the actor whose method gives `ref`, in hex; None when it is of a task or of `ray.put`."""
+    owner = ref.task_id().actor_id()
+    return None if owner.is_nil() else str(owner.hex())
+
+
+def class_name(handle: ActorHandle[Any]) -> str:
+    """The name of the actor's class, as Ray's dashboard shows it."""
+    return str(handle._ray_actor_creation_function_descriptor.class_name)
+
+
+def is_cross_language(handle: ActorHandle[Any]) -> bool:
+    """Whether the actor is not a Python one."""
+    return bool(handle._ray_is_cross_language)
+
+
+def methods(handle: ActorHandle[Any]) -> Mapping[str, Any]:
+    """The actor's methods by name: the functions of its class."""
+    metadata = _ActorClassMethodMetadata._cache.get(handle._ray_actor_creation_function_descriptor)
+    return {} if metadata is None else metadata.methods
+
+
+def concurrency_group(handle: ActorHandle[Any], method: str) -> str | None:
+    """The concurrency group that the class gives a method."""
+    return getattr(methods(handle).get(method), "__ray_concurrency_group__", None)
+
+
+def is_asyncio(handle: ActorHandle[Any]) -> bool:
+    """Whether Ray runs the actor on an event loop: it does when any method is a coroutine function."""
+    unwrapped = [inspect.unwrap(method) for method in methods(handle).values()]
+    return any(inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method) for method in unwrapped)
+
+
+def is_plain(method: ActorMethod, options: Mapping[str, Any]) -> bool:
+    """Whether a call of the method gives one reference to one value, with nothing of Ray's own wrapped around it."""
+    return (
+        options.get("num_returns", method._num_returns) == 1
+        and not method._is_generator
+        and method._decorator is None
+        and options.get("tensor_transport", method._tensor_transport) is None
+    )
+
+
+def method_name(method: ActorMethod) -> str:
+    """The method's name."""
+    return str(method._method_name)
+
+
+def signature(method: ActorMethod) -> inspect.Signature | None:
+    """The method's signature without `self`."""
+    return None if method._signature is None else inspect.Signature(method._signature)

@@ -1,0 +1,266 @@
+"""Calls to an engine that can be submitted again without running twice.
+
+A call travels through Ray's own `__ray_call__` as `_actorside.run_once`, under a number that the actor remembers with
+its outcome. Nothing here decides when to submit again: that is the monitor's.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import pickle
+import queue
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ray import ObjectRef, cloudpickle
+from ray.actor import ActorHandle, ActorMethod
+from ray.exceptions import RayTaskError
+
+from enginefsm import _actorside, _ray_handles
+
+if TYPE_CHECKING:
+    from enginefsm.engine import MonitoredEngine
+    from enginefsm.policy import Outage
+
+# The engine's environment may have no enginefsm.
+cloudpickle.register_pickle_by_value(_actorside)
+_RUN_ONCE = cloudpickle.dumps(_actorside.run_once)
+
+
+class _Enter:
+    """`_actorside.enter`, pickled once instead of at every call."""
+
+    _pickled = cloudpickle.dumps(_actorside.enter)
+
+    def __call__(self, *args: Any) -> Any:
+        return _actorside.enter(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pickle.loads, (self._pickled,)
+
+
+_ENTER = _Enter()
+
+_ATOMS = (type(None), bool, int, float, complex, str, bytes, ObjectRef, ActorHandle)
+
+
+class Ledger:
+    """The numbers of one monitor's calls to one actor: which are open, and which the actor may forget."""
+
+    __slots__ = ("_caller", "_lock", "_next", "_open", "_settled", "answered")
+
+    def __init__(self) -> None:
+        self.answered = False
+        """Whether the actor has answered a call of this caller's."""
+        self._caller = uuid.uuid4().hex
+        self._lock = threading.Lock()
+        self._next = 0
+        self._open: dict[int, None] = {}  # in ascending order, as dicts keep it
+        # A garbage-collected call settles itself, at any moment and on any thread, this ledger's lock held or not:
+        # a SimpleQueue is made to be put to from there.
+        self._settled: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def open(self) -> int:
+        """A new number."""
+        with self._lock:
+            number = self._next
+            self._next += 1
+            self._open[number] = None
+            return number
+
+    def settle(self, number: int) -> None:
+        """Nobody will ask for the outcome of call `number` again."""
+        self._settled.put(number)
+
+    def header(self) -> tuple[str, tuple[int, tuple[int, ...]]]:
+        """The caller's name, and what is settled: every number below the first, and those of the second."""
+        with self._lock:
+            news = []
+            while not self._settled.empty():
+                news.append(self._settled.get())
+                self._open.pop(news[-1], None)
+            below = next(iter(self._open), self._next)
+            return self._caller, (below, tuple(number for number in news if number > below))
+
+
+class _Freezer(cloudpickle.CloudPickler):
+    """Pickles arguments as they are now. References and handles stay themselves: Ray counts them."""
+
+    def __init__(self, file: io.BytesIO, buffers: list[pickle.PickleBuffer], kept: list[Any]) -> None:
+        super().__init__(file, protocol=5, buffer_callback=buffers.append)  # type: ignore[no-untyped-call]
+        self._kept = kept
+
+    def persistent_id(self, value: Any) -> int | None:
+        if isinstance(value, (ObjectRef, ActorHandle)):
+            self._kept.append(value)
+            return len(self._kept) - 1
+        return None
+
+
+class _Thawer(pickle.Unpickler):
+    def __init__(self, data: bytes, buffers: list[pickle.PickleBuffer], kept: list[Any]) -> None:
+        super().__init__(io.BytesIO(data), buffers=buffers)
+        self._kept = kept
+
+    def persistent_load(self, key: Any) -> Any:
+        return self._kept[key]
+
+
+class Arguments:
+    """Positional and keyword arguments as they were when the call was made.
+
+    Ray takes a copy of what a call is given. A resubmission must send that copy too, not what the caller has made
+    of its list or its settings since. The contents of large buffers (numpy arrays) are shared, not copied.
+    """
+
+    __slots__ = ("_frozen", "_values", "keywords")
+
+    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self.keywords = tuple(kwargs)
+        self._values: tuple[Any, ...] | None = (*args, *kwargs.values())
+        self._frozen: tuple[bytes, list[pickle.PickleBuffer], list[Any]] | None = None
+        if not all(type(value) in _ATOMS for value in self._values):
+            file, buffers, kept = io.BytesIO(), list[pickle.PickleBuffer](), list[Any]()
+            _Freezer(file, buffers, kept).dump(self._values)  # type: ignore[no-untyped-call]
+            self._values, self._frozen = None, (file.getvalue(), buffers, kept)
+
+    def values(self) -> tuple[Any, ...]:
+        """The values, positional ones first, then those of `keywords`."""
+        if self._frozen is None:
+            assert self._values is not None
+            return self._values
+        return tuple(_Thawer(*self._frozen).load())
+
+
+class Call:
+    """One call of a method of an engine: what `engine.method.remote(...)` gives. Hand it to `enginefsm.get`.
+
+    It runs at most once in the actor's life, however often it is submitted.
+    """
+
+    __slots__ = (
+        "__weakref__", "_arguments", "_number", "_options", "attempt", "attempts_in_outage", "engine", "launches",
+        "lock", "method", "outage", "ref", "resubmit_at", "submitted_at",
+    )  # fmt: skip
+
+    is_probe = False
+
+    def __init__(self, engine: MonitoredEngine, method: str, arguments: Arguments, options: dict[str, Any]) -> None:
+        self.engine = engine
+        self.method = method
+        self.launches = method == engine.launch
+        """Whether its outcome says if the engine's launch succeeded."""
+        self.outage: Outage | None = None
+        """The outage in which this call failed last."""
+        self.attempts_in_outage = 0
+        self.resubmit_at: float | None = None
+        """When to submit again, on the monotonic clock; None while a submission is out."""
+        self.lock = threading.Lock()
+        """Around a failure and what follows from it: several threads may wait for one call."""
+        self.attempt = 0
+        """How many times it was submitted again."""
+        self._arguments = arguments
+        self._options = options
+        self._number = engine.ledger.open()
+        self._submit()
+
+    def resubmit(self, now: float) -> None:
+        """Submit again, if that is due."""
+        with self.lock:
+            if self.resubmit_at is not None and self.resubmit_at <= now:
+                self.attempt += 1
+                self._submit()
+                self.resubmit_at = None
+
+    def settle(self, *, answered: bool) -> None:
+        """Its outcome has arrived, from the actor or from Ray: the actor may forget it."""
+        if answered:
+            self.engine.ledger.answered = True
+        self.engine.ledger.settle(self._number)
+
+    def _submit(self) -> None:
+        caller, settled = self.engine.ledger.header()
+        self.submitted_at = time.monotonic()
+        """When its newest submission was made, on the monotonic clock."""
+        header = (caller, self._number, self.attempt, settled, self.method, self._arguments.keywords)
+        submit: Callable[..., Any] = self.engine.handle.__ray_call__.options(**self._options).remote
+        code = None if self.engine.ledger.answered else _RUN_ONCE
+        # One argument, not three: Ray pickles each by itself.
+        carrier = functools.partial(_ENTER, code, header)
+        self.ref: ObjectRef[Any] = submit(carrier, *self._arguments.values())
+        """The reference of its newest submission, for `ray.wait` and the like. If that one fails with
+        `ActorUnavailableError`, so does the reference, for ever; `enginefsm.get` goes on."""
+
+    def __del__(self) -> None:
+        # A call that nobody holds any more will not be submitted again.
+        if hasattr(self, "_number"):
+            self.engine.ledger.settle(self._number)
+
+    def __repr__(self) -> str:
+        return f"Call({self.engine.name!r}, {self.method!r}, attempt={self.attempt})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"{self!r} cannot be sent elsewhere: pass enginefsm.get(call), or call.ref as a plain ObjectRef"
+        )
+
+
+class EngineMethod:
+    """A method of an engine. `remote(...)` calls it as on the handle, and gives a `Call`.
+
+    A generator, a method with `num_returns` other than 1, with an invocation decorator of its own or with a tensor
+    transport is called as on the handle and gives what the handle gives.
+    """
+
+    __slots__ = ("_engine", "_method", "_options")
+
+    def __init__(self, engine: MonitoredEngine, method: ActorMethod, options: Mapping[str, Any]) -> None:
+        self._engine = engine
+        self._method = method
+        self._options = options
+
+    def options(self, **options: Any) -> EngineMethod:
+        """The same method with Ray's per-call options, as `ActorMethod.options`."""
+        self._method.options(**options)  # lets Ray refuse what it would refuse
+        return EngineMethod(self._engine, self._method, {**self._options, **options})
+
+    def remote(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the method. Raises TypeError when the arguments do not fit its signature."""
+        method, options = self._method, self._options
+        if not _ray_handles.is_plain(method, options):
+            return method.options(**options).remote(*args, **kwargs)
+        handle, name = self._engine.handle, _ray_handles.method_name(method)
+        title = f"{_ray_handles.class_name(handle)}.{name}"
+        signature = _ray_handles.signature(method)
+        if signature is not None:
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError as error:
+                raise TypeError(f"{title}: {error}") from None
+        carrier = {
+            "name": title,
+            "concurrency_group": _ray_handles.concurrency_group(handle, name),
+            # A retry of Ray's own would run the method again in a restarted actor.
+            "max_task_retries": 0,
+            "retry_exceptions": False,
+            **options,
+        }
+        return Call(self._engine, name, Arguments(args, kwargs), carrier)
+
+    def __call__(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        """Refuse, as Ray does: a method of an actor is called through `remote`."""
+        name = _ray_handles.method_name(self._method)
+        raise TypeError(f"Actor methods cannot be called directly: use engine.{name}.remote(...)")
+
+    def __repr__(self) -> str:
+        return f"EngineMethod({self._engine.name!r}, {_ray_handles.method_name(self._method)!r})"
+
+
+def says_restarted(exception: Exception) -> bool:
+    """Whether the actor answered that it is a new process, which knows nothing of what the caller did before."""
+    cause = exception.cause if isinstance(exception, RayTaskError) else None
+    return isinstance(cause, RuntimeError) and cause.args[:1] == (_actorside.RESTARTED,)

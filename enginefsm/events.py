@@ -1,0 +1,29 @@
+"""What a monitor tells its listeners. A listener is any callable that takes one event."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from enginefsm.outcomes import Outcome
+from enginefsm.states import Transition
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CallOutcome:
+    """One submission of a call was answered, or failed."""
+
+    engine: str
+    labels: Mapping[str, str]
+    method: str
+    outcome: Outcome
+    attempt: int
+    """0 for the first submission; above it, the re-await of that number."""
+    took_s: float
+    """From the submission to its outcome."""
+    probe: bool = False
+    """Whether the call was a probe."""
+
+
+Event = Transition | CallOutcome
+Listener = Callable[[Event], None]

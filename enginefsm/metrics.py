@@ -1,0 +1,257 @@
+"""The monitor's events as Prometheus metrics, in a registry of the monitor's own.
+
+What is counted is kept by client_python's own metrics. What is a property of each engine is read from the engines
+at the scrape: keeping it would cost several kB an engine.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from typing import Protocol
+from wsgiref.simple_server import WSGIServer
+
+import ray
+from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from enginefsm.events import CallOutcome, Event
+from enginefsm.outcomes import Outcome
+from enginefsm.states import EDGES, EngineState, Reason, Transition
+
+GROUP = ("run", "model", "worker_type")
+ENGINE = (*GROUP, "engine")
+
+# From a stand-in's second to an hour of loading and compiling.
+LAUNCH_BUCKETS_S = (1, 2, 5, 10, 20, 30, 60, 120, 180, 300, 600, 900, 1200, 1800, 2700, 3600)
+# From Ray's own report of a break, 1.3 s at the least, to the default budget and gRPC's 301 s.
+UNAVAILABLE_BUCKETS_S = (0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
+PROBE_BUCKETS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 300)
+
+EXHAUSTIONS = (Reason.RETRY_EXHAUSTED, Reason.LAUNCH_DEADLINE)
+"""The verdicts that are the monitor's own: bounds were spent."""
+REAWAIT_RESULTS = ("answered", "unavailable", "failed")
+
+
+class EngineView(Protocol):
+    """What is read of an engine at a scrape."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def labels(self) -> Mapping[str, str]: ...  # noqa: D102
+    @property
+    def state(self) -> EngineState: ...  # noqa: D102
+    @property
+    def state_since(self) -> float: ...  # noqa: D102
+    @property
+    def reason(self) -> Reason: ...  # noqa: D102
+    @property
+    def actor_id(self) -> str: ...  # noqa: D102
+    @property
+    def incarnation(self) -> int: ...  # noqa: D102
+    @property
+    def ever_ready(self) -> bool: ...  # noqa: D102
+
+
+class FleetMetrics(Collector):
+    """Listens to a monitor, and is collected by Prometheus. `registry` holds it and nothing else."""
+
+    def __init__(self, run: str, engines: Callable[[], Sequence[EngineView]]) -> None:
+        self.registry = CollectorRegistry(auto_describe=False)
+        self._run = run
+        self._engines = engines
+        self._groups: set[tuple[str, str, str]] = set()
+        self._methods: set[tuple[str, str, str, str]] = set()
+        self._stopped_at_s = 0.0
+
+        def counter(name: str, text: str, labels: Sequence[str]) -> Counter:
+            return Counter(f"enginefsm_{name}", text, labels, registry=None)
+
+        def histogram(name: str, text: str, labels: Sequence[str], buckets: Sequence[float]) -> Histogram:
+            return Histogram(f"enginefsm_{name}_seconds", text, labels, registry=None, buckets=buckets)
+
+        self._transitions = counter(
+            "transitions", "Steps of engines between states.", (*GROUP, "from_state", "to_state", "reason")
+        )
+        self._outcomes = counter("outcomes", "What came of submissions of calls.", (*GROUP, "method", "outcome"))
+        self._reawaits = counter(
+            "reawaits", "What came of calls submitted again after their engine was unavailable.",
+            (*GROUP, "method", "result"),
+        )  # fmt: skip
+        self._exhausted = counter("retry_exhausted", "Engines given up, their bounds spent.", (*GROUP, "reason"))
+        self._export_errors = counter("export_errors", "Events that a listener failed on.", ("sink",))
+        self._launch_duration = histogram(
+            "launch_duration", "From adoption to the end of the launch method.", GROUP, LAUNCH_BUCKETS_S
+        )
+        self._unavailable_duration = histogram(
+            "unavailable_duration", "How long engines were unavailable.", GROUP, UNAVAILABLE_BUCKETS_S
+        )
+        self._probe_duration = histogram(
+            "probe_duration", "From a probe to its outcome.", (*GROUP, "result"), PROBE_BUCKETS_S
+        )
+        self._kept: tuple[Collector, ...] = (
+            self._transitions, self._outcomes, self._reawaits, self._exhausted, self._export_errors,
+            self._launch_duration, self._unavailable_duration, self._probe_duration,
+        )  # fmt: skip
+        self.registry.register(self)
+
+    def __call__(self, event: Event) -> None:
+        """Count one event."""
+        group = (self._run, event.labels.get("model", ""), event.labels.get("worker_type", ""))
+        if isinstance(event, Transition):
+            self._count_transition(group, event)
+        else:
+            self._count_outcome(group, event)
+
+    def _count_transition(self, group: tuple[str, str, str], step: Transition) -> None:
+        if group not in self._groups:
+            self._groups.add(group)
+            self._begin_at_zero(group)
+        self._transitions.labels(*group, step.from_state or "", step.to_state, step.reason).inc()
+        if step.first_ready:
+            self._launch_duration.labels(*group).observe(step.age_s)
+        if step.from_state is EngineState.UNAVAILABLE:
+            self._unavailable_duration.labels(*group).observe(step.spent_s)
+        if step.reason in EXHAUSTIONS:
+            self._exhausted.labels(*group, step.reason).inc()
+
+    def _count_outcome(self, group: tuple[str, str, str], event: CallOutcome) -> None:
+        if (*group, event.method) not in self._methods:
+            self._methods.add((*group, event.method))
+            for outcome in Outcome:
+                self._outcomes.labels(*group, event.method, outcome)
+            for result in REAWAIT_RESULTS:
+                self._reawaits.labels(*group, event.method, result)
+        self._outcomes.labels(*group, event.method, event.outcome).inc()
+        if event.attempt:
+            self._reawaits.labels(*group, event.method, _reawait_result(event.outcome)).inc()
+        if event.probe:
+            self._probe_duration.labels(*group, event.outcome).observe(event.took_s)
+
+    def _begin_at_zero(self, group: tuple[str, str, str]) -> None:
+        """A counter that is first seen at 1 has no increase to Prometheus."""
+        self._transitions.labels(*group, "", EngineState.LAUNCHING, Reason.LAUNCHED)
+        for reason, (sources, dest) in EDGES.items():
+            for source in sources:
+                self._transitions.labels(*group, source, dest, reason)
+        for reason in EXHAUSTIONS:
+            self._exhausted.labels(*group, reason)
+        self._launch_duration.labels(*group)
+        self._unavailable_duration.labels(*group)
+
+    def listener_failed(self, listener: object) -> None:
+        """Count a listener that raised."""
+        self._export_errors.labels(getattr(listener, "__name__", type(listener).__name__)).inc()
+
+    def stopped(self) -> None:
+        """The monitor ends in good order."""
+        self._stopped_at_s = time.time()
+
+    def serve(self, port: int, addr: str) -> MetricsServer:
+        """Serve the registry over HTTP; see `EngineMonitor.serve_metrics`."""
+        return MetricsServer(*start_http_server(port, addr, self.registry))
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing in advance: the registry is this collector's alone."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """Everything, as Prometheus scrapes it."""
+        for kept in self._kept:
+            for metric in kept.collect():
+                # When a counter was created says when it was first used, which helps nobody here.
+                metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
+                yield metric
+        yield from self._collect_engines()
+        yield _gauge(
+            "monitor_heartbeat_timestamp_seconds", "When the monitor was last alive.", ("run",),
+            {(self._run,): time.time()},
+        )  # fmt: skip
+        yield _gauge(
+            "monitor_stopped_timestamp_seconds", "When the monitor ended in good order; 0 while it has not.", ("run",),
+            {(self._run,): self._stopped_at_s},
+        )  # fmt: skip
+        yield _gauge(
+            "monitor_info", "The monitor's versions.", ("run", "version", "ray_version"),
+            {(self._run, version("enginefsm"), ray.__version__): 1.0},
+        )  # fmt: skip
+
+    def _collect_engines(self) -> Iterator[Metric]:
+        state: dict[tuple[str, ...], float] = {}
+        since: dict[tuple[str, ...], float] = {}
+        info: dict[tuple[str, ...], float] = {}
+        exhausted: dict[tuple[str, ...], float] = {}
+        expected: collections.Counter[tuple[str, ...]] = collections.Counter()
+        bringups: dict[str, list[EngineView]] = {}
+        for engine in self._engines():
+            model = engine.labels.get("model", "")
+            group = (self._run, model, engine.labels.get("worker_type", ""))
+            key = (*group, engine.name)
+            now_in = engine.state
+            state |= {(*key, one): float(one is now_in) for one in EngineState}
+            since[key] = engine.state_since
+            info[*key, engine.labels.get("node", ""), engine.actor_id, str(engine.incarnation)] = 1.0
+            if engine.reason in EXHAUSTIONS:
+                exhausted[*key, engine.reason] = engine.state_since
+            expected[group] += 1
+            bringups.setdefault(model, []).append(engine)
+        yield _gauge("engine_state", "1 for the state that the engine is in.", (*ENGINE, "state"), state)
+        yield _gauge("engine_state_since_timestamp_seconds", "When the engine entered its state.", ENGINE, since)
+        yield _gauge("engine_info", "The engine's actor.", (*ENGINE, "node", "actor_id", "incarnation"), info)
+        yield _gauge(
+            "retry_exhausted_timestamp_seconds", "When the engine was given up, its bounds spent.",
+            (*ENGINE, "reason"), exhausted,
+        )  # fmt: skip
+        yield _gauge("engines_expected", "Engines adopted and not released.", GROUP, expected)
+        yield _gauge(
+            "bringup_phase", "1 for the phase that the bringup is in.", ("run", "model", "phase"),
+            {
+                (self._run, model, phase): float(phase == _phase(engines))
+                for model, engines in bringups.items()
+                for phase in ("in_progress", "succeeded", "failed")
+            },
+        )  # fmt: skip
+
+
+def _gauge(name: str, text: str, labels: Sequence[str], values: Mapping[tuple[str, ...], float]) -> Metric:
+    family = GaugeMetricFamily(f"enginefsm_{name}", text, labels=labels)
+    for key, value in values.items():
+        family.add_metric(key, value)
+    return family
+
+
+def _phase(engines: Sequence[EngineView]) -> str:
+    """Failed once an engine died before it was ever ready; succeeded when all have been ready."""
+    if any(engine.state is EngineState.DEAD and not engine.ever_ready for engine in engines):
+        return "failed"
+    return "succeeded" if all(engine.ever_ready for engine in engines) else "in_progress"
+
+
+def _reawait_result(outcome: Outcome) -> str:
+    if outcome is Outcome.ACTOR_UNAVAILABLE:
+        return "unavailable"
+    return "answered" if outcome in (Outcome.SUCCEEDED, Outcome.METHOD_FAILED) else "failed"
+
+
+class MetricsServer:
+    """An HTTP server of metrics, in a thread."""
+
+    def __init__(self, server: WSGIServer, thread: threading.Thread) -> None:
+        self._server = server
+        self._thread = thread
+
+    @property
+    def port(self) -> int:
+        """The port that it listens on."""
+        return self._server.server_port
+
+    def close(self) -> None:
+        """Stop serving."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()

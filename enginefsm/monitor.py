@@ -1,0 +1,223 @@
+"""The monitor: which engines there are, and the one place from which they are adopted, awaited and released."""
+
+from __future__ import annotations
+
+import collections
+import logging
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, overload
+
+from ray import ObjectRef
+from ray.actor import ActorHandle
+
+from enginefsm import _ray_handles
+from enginefsm.awaiting import Await, Awaited, PlainRef
+from enginefsm.calls import Call
+from enginefsm.engine import MonitoredEngine, Probe
+from enginefsm.events import Event, Listener
+from enginefsm.metrics import FleetMetrics, MetricsServer
+from enginefsm.policy import RetryPolicy
+from enginefsm.states import EngineRecord, EngineState, Reason, Transition
+
+logger = logging.getLogger("enginefsm")
+
+_RESERVED_LABELS = frozenset({"run", "engine", "state", "incarnation", "actor_id"})
+
+
+class EngineMonitor:
+    """A fleet of engines: adopts their actors, awaits their calls, and tells listeners of every transition.
+
+    Thread-safe. Listeners are called one event at a time, in order, outside every lock; one that raises is logged
+    and counted, and costs the fleet nothing else. One that blocks, blocks whoever moved the engine: a listener that
+    has something slow to do hands it to a thread of its own.
+    """
+
+    def __init__(self, run: str = "", policy: RetryPolicy | None = None, listeners: Iterable[Listener] = ()) -> None:
+        self.run = run
+        """The name of the training run, on every metric."""
+        self.policy = policy or RetryPolicy()
+        self._engines: dict[str, MonitoredEngine] = {}  # by actor id
+        self._by_name: dict[str, MonitoredEngine] = {}  # the newest incarnation
+        self._incarnations: collections.Counter[str] = collections.Counter()
+        self._lock = threading.Lock()  # around the three above
+        self._events: collections.deque[Event] = collections.deque()
+        self._delivering = threading.Lock()  # only ever tried, never waited for
+        self.metrics = FleetMetrics(run, self.engines)
+        """What Prometheus is told."""
+        self._listeners: list[Listener] = [_log, self.metrics, *listeners]
+
+    def adopt(
+        self, handle: ActorHandle[Any], *, name: str, launch: str = "init", probe: Probe | None = None, **labels: object
+    ) -> MonitoredEngine:
+        """Take an engine actor under this monitor.
+
+        Args:
+            handle: The actor. Adopting it again under the same name gives the same engine.
+            name: Unique among the living of this monitor; the successor of a dead or released engine is a new
+                incarnation of the name.
+            launch: The method whose outcome says whether the engine launched.
+            probe: For those who call `launch` on the plain handle: a method of the actor, by name, or a function of
+                the actor instance, that says whether the launch succeeded. Asked when the plain reference is lost.
+            labels: Shown wherever the engine is named. `model`, `worker_type` and `node` are labels of the metrics.
+
+        Raises:
+            TypeError: `handle` is not the handle of a sync or threaded Python actor.
+            ValueError: There is no such launch method or probe, the name is another living engine's, or the actor
+                is adopted under another name.
+        """
+        self._check(handle, name, launch, probe, labels)
+        actor_id = _ray_handles.actor_id(handle)
+        with self._lock:
+            known = self._engines.get(actor_id)
+            if known is not None:
+                if known.name != name:
+                    raise ValueError(f"this actor is adopted as {known.name!r} already; it cannot be {name!r} as well")
+                return known
+            namesake = self._by_name.get(name)
+            if namesake is not None and namesake.state is not EngineState.DEAD:
+                raise ValueError(
+                    f"there is a living engine {name!r} ({namesake.state}) with another actor: choose another name, "
+                    f"or release() that engine if this one replaces it"
+                )
+            self._incarnations[name] += 1
+            texts = {key: str(value) for key, value in labels.items()}
+            record = EngineRecord(name, texts, self._incarnations[name], time.monotonic(), time.time())
+            engine = MonitoredEngine(handle, record, launch, probe, self._events.append)
+            self._engines[actor_id] = self._by_name[name] = engine
+            if namesake is not None:
+                self._engines.pop(namesake.actor_id, None)
+            self._events.append(record.first_step())
+        self._deliver()
+        return engine
+
+    def release(self, engine: MonitoredEngine) -> None:
+        """Let go of an engine that is being shut down or replaced: it is dead to the monitor, its series go away.
+
+        The actor is not touched. Its name and its actor may be adopted again. Releasing twice does nothing.
+        """
+        engine.step(Reason.RELEASED)
+        with self._lock:
+            self._engines.pop(engine.actor_id, None)
+            if self._by_name.get(engine.name) is engine:
+                del self._by_name[engine.name]
+        self._deliver()
+
+    def engines(self) -> list[MonitoredEngine]:
+        """The engines of this monitor, the dead included, but for those released or replaced."""
+        with self._lock:
+            return list(self._engines.values())
+
+    @overload
+    def get(self, calls: Call | ObjectRef[Any], timeout: float | None = None) -> Any: ...
+
+    @overload
+    def get(self, calls: Sequence[Call | ObjectRef[Any]], timeout: float | None = None) -> list[Any]: ...
+
+    def get(self, calls: Call | ObjectRef[Any] | Sequence[Call | ObjectRef[Any]], timeout: float | None = None) -> Any:
+        """Wait for calls as `ray.get` does, but bear with engines that are unavailable for a time.
+
+        A call whose engine became unavailable is submitted again, to the same actor, within the policy's bounds,
+        and gives what it gave the first time; its method does not run twice. Any other failure is raised at once,
+        while other calls are still out: Ray's own exception, with a note that names the engine.
+
+        Args:
+            calls: What `engine.method.remote(...)` gave, or plain ObjectRefs of adopted actors; one, or several.
+            timeout: In seconds. The same calls may be awaited again afterwards.
+
+        Returns:
+            The value, or the list of values in the order of `calls`.
+
+        Raises:
+            RetryExhaustedError: An engine could not be reached within the policy's bounds.
+            LaunchDeadlineError: The policy's `launch_deadline_s` has passed for an engine that is launched here.
+            ray.exceptions.GetTimeoutError: `timeout` has passed; it names what is still waited for.
+            ray.exceptions.RayError: What Ray raised for the first call that failed.
+            TypeError, ValueError: Something in `calls` cannot be awaited here; nothing was.
+        """
+        several = isinstance(calls, Sequence)
+        given: list[Any] = list(calls) if isinstance(calls, Sequence) else [calls]
+        awaited = [self._awaited(one) for one in given]
+        values = Await(awaited, self.policy, self._events.append).run(timeout, self._deliver)
+        results = [values[one] for one in awaited]
+        return results if several else results[0]
+
+    def add_listener(self, listener: Listener) -> None:
+        """Have `listener` called with every event from now on."""
+        self._listeners.append(listener)
+
+    def serve_metrics(self, port: int, addr: str = "127.0.0.1") -> MetricsServer:
+        """Serve this monitor's metrics at `http://addr:port/metrics` from a thread; port 0 picks a free one.
+
+        Raises OSError when the address cannot be bound.
+        """
+        return self.metrics.serve(port, addr)
+
+    def _check(self, handle: Any, name: str, launch: str, probe: Probe | None, labels: dict[str, object]) -> None:
+        if isinstance(handle, MonitoredEngine):
+            raise TypeError(f"{handle!r} is adopted already; adopt() takes the actor's handle")
+        if not isinstance(handle, ActorHandle):
+            raise TypeError(f"adopt() takes the handle that Engine.remote(...) gave, not {type(handle).__name__}")
+        if _ray_handles.is_cross_language(handle):
+            raise TypeError(f"{handle!r} is not a Python actor: no Python call can be sent to it")
+        if _ray_handles.is_asyncio(handle):
+            raise TypeError(
+                f"{handle!r} is an asyncio actor, on which a remembered call cannot run; "
+                f"create it from ray.remote(enginefsm.monitored(cls)) instead"
+            )
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"an engine's name is a text that is not empty, not {name!r}")
+        for role, method in (("launch method", launch), ("probe", probe)):
+            if isinstance(method, str) and not hasattr(handle, method):
+                known = ", ".join(sorted(m for m in dir(handle) if not m.startswith("_")))
+                raise ValueError(f"{handle!r} has no method {method!r} to be its {role}; it has: {known}")
+        taken = _RESERVED_LABELS.intersection(labels)
+        if taken:
+            raise ValueError(f"labels that enginefsm sets itself cannot be given: {', '.join(sorted(taken))}")
+
+    def _awaited(self, one: Any) -> Awaited:
+        if isinstance(one, Call):
+            return one
+        if not isinstance(one, ObjectRef):
+            raise TypeError(f"get() takes calls and ObjectRefs, not {type(one).__name__}")
+        actor_id = _ray_handles.actor_id_of(one)
+        with self._lock:
+            engine = None if actor_id is None else self._engines.get(actor_id)
+        if engine is None:
+            raise ValueError(
+                f"{one!r} is not of an engine that this monitor has adopted: adopt() its actor first, or use ray.get"
+            )
+        return PlainRef(engine, one)
+
+    def _deliver(self) -> None:
+        # Whoever comes while another thread delivers leaves its events to that one, which looks again before it goes.
+        while self._events and self._delivering.acquire(blocking=False):
+            try:
+                while self._events:
+                    event = self._events.popleft()
+                    for listener in tuple(self._listeners):
+                        self._call(listener, event)
+            finally:
+                self._delivering.release()
+
+    def _call(self, listener: Listener, event: Event) -> None:
+        try:
+            listener(event)
+        except Exception:  # a listener is not ours, and must not end a bringup
+            logger.exception("listener %r failed on an event of engine %s", listener, event.engine)
+            self.metrics.listener_failed(listener)
+
+
+def _log(event: Event) -> None:
+    if not isinstance(event, Transition):
+        return
+    level = {EngineState.UNAVAILABLE: logging.WARNING, EngineState.DEAD: logging.ERROR}.get(
+        event.to_state, logging.INFO
+    )
+    if event.reason is Reason.RELEASED:
+        level = logging.INFO
+    logger.log(
+        level, "engine %s is %s: %s (after %.1f s %s)",
+        event.engine, event.to_state, event.reason, event.spent_s, event.from_state or "",
+    )  # fmt: skip

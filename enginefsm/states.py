@@ -1,0 +1,209 @@
+"""The state machine of one engine: its states, its edges, and the record that is driven along them.
+
+Pure: no Ray, no threads, no Prometheus. Whoever drives a record passes the time in and holds the engine's lock.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from enum import StrEnum
+
+from transitions import Machine
+
+
+class EngineState(StrEnum):
+    """What the monitor believes of an engine."""
+
+    LAUNCHING = "launching"
+    """Adopted; its launch method has not ended yet."""
+    READY = "ready"
+    """Its launch method succeeded and it answers."""
+    UNAVAILABLE = "unavailable"
+    """It could not be reached last time; it is being re-awaited."""
+    DEAD = "dead"
+    """Gone, or given up. Terminal: a replacement is a new incarnation of the same name."""
+
+
+class Reason(StrEnum):
+    """Why an engine moved. The set is closed, and each reason is a trigger of the machine."""
+
+    LAUNCHED = "launched"
+    INIT_SUCCEEDED = "init_succeeded"
+    ACTOR_UNAVAILABLE = "actor_unavailable"
+    PROBE_TIMEOUT = "probe_timeout"
+    PROBE_FAILED = "probe_failed"
+    ACTOR_REACHABLE = "actor_reachable"
+    RECOVERED = "recovered"
+    ACTOR_DIED = "actor_died"
+    CONSTRUCTOR_FAILED = "constructor_failed"
+    INIT_FAILED = "init_failed"
+    PREEMPTED = "preempted"
+    OUT_OF_MEMORY = "out_of_memory"
+    UNSCHEDULABLE = "unschedulable"
+    RUNTIME_ENV_FAILED = "runtime_env_failed"
+    RETRY_EXHAUSTED = "retry_exhausted"
+    LAUNCH_DEADLINE = "launch_deadline"
+    RELEASED = "released"
+
+
+_LIVE = (EngineState.LAUNCHING, EngineState.READY, EngineState.UNAVAILABLE)
+
+# What each reason does: from which states, to which. No reason leaves DEAD, and none but RECOVERED makes an
+# unavailable engine ready. LAUNCHED is not here: it is how a record begins.
+EDGES: Mapping[Reason, tuple[tuple[EngineState, ...], EngineState]] = {
+    Reason.INIT_SUCCEEDED: ((EngineState.LAUNCHING,), EngineState.READY),
+    Reason.ACTOR_UNAVAILABLE: ((EngineState.LAUNCHING, EngineState.READY), EngineState.UNAVAILABLE),
+    Reason.PROBE_TIMEOUT: ((EngineState.LAUNCHING, EngineState.READY), EngineState.UNAVAILABLE),
+    Reason.PROBE_FAILED: ((EngineState.LAUNCHING, EngineState.READY), EngineState.UNAVAILABLE),
+    Reason.ACTOR_REACHABLE: ((EngineState.UNAVAILABLE,), EngineState.LAUNCHING),
+    Reason.RECOVERED: ((EngineState.UNAVAILABLE,), EngineState.READY),
+    Reason.ACTOR_DIED: (_LIVE, EngineState.DEAD),
+    Reason.CONSTRUCTOR_FAILED: (_LIVE, EngineState.DEAD),
+    Reason.INIT_FAILED: (_LIVE, EngineState.DEAD),
+    Reason.PREEMPTED: (_LIVE, EngineState.DEAD),
+    Reason.OUT_OF_MEMORY: (_LIVE, EngineState.DEAD),
+    Reason.UNSCHEDULABLE: (_LIVE, EngineState.DEAD),
+    Reason.RUNTIME_ENV_FAILED: (_LIVE, EngineState.DEAD),
+    Reason.RETRY_EXHAUSTED: (_LIVE, EngineState.DEAD),
+    Reason.LAUNCH_DEADLINE: (_LIVE, EngineState.DEAD),
+    Reason.RELEASED: (_LIVE, EngineState.DEAD),
+}
+
+# One machine drives every record. Records are not registered as its models: that costs 3.4 kB each, a slotted
+# record under 1 kB.
+MACHINE = Machine(
+    model=None,
+    states=[state.value for state in EngineState],
+    initial=EngineState.LAUNCHING.value,
+    transitions=[
+        {"trigger": reason.value, "source": [state.value for state in sources], "dest": dest.value}
+        for reason, (sources, dest) in EDGES.items()
+    ],
+    auto_transitions=False,
+    name="enginefsm",
+)
+
+# The machine library tells of every callback that it did not have to call. What happens to engines is told by the
+# monitor, in one line a step. The filter drops this machine's lines alone; others of the process keep theirs.
+logging.getLogger("transitions.core").addFilter(lambda line: not (line.args and line.args[0] == MACHINE.name))  # type: ignore[index]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Transition:
+    """One step of one engine, as listeners see it."""
+
+    engine: str
+    labels: Mapping[str, str]
+    incarnation: int
+    from_state: EngineState | None
+    """None for the first step, by which the engine is launched."""
+    to_state: EngineState
+    reason: Reason
+    spent_s: float
+    """How long the engine had been in `from_state`."""
+    age_s: float
+    """How long ago the engine was launched."""
+    at_s: float
+    """When: seconds since the epoch."""
+    first_ready: bool
+    """Whether this made the engine ready for the first time."""
+
+
+class EngineRecord:
+    """What is known of one incarnation of one engine. Not thread-safe: its owner holds a lock around it."""
+
+    __slots__ = (
+        "ever_ready",
+        "incarnation",
+        "labels",
+        "launched_at",
+        "name",
+        "reason",
+        "since",
+        "since_epoch_s",
+        "spent",
+        "state",
+        "succeeded",
+    )
+
+    def __init__(self, name: str, labels: Mapping[str, str], incarnation: int, now: float, epoch_s: float) -> None:
+        self.name = name
+        self.labels = labels
+        self.incarnation = incarnation
+        self.state: str = EngineState.LAUNCHING.value
+        self.reason = Reason.LAUNCHED
+        self.succeeded = False  # whether the launch method has, seen ready or not
+        self.ever_ready = False
+        self.launched_at = now
+        self.since = now
+        self.since_epoch_s = epoch_s
+        self.spent: dict[EngineState, float] = {}
+
+    def first_step(self) -> Transition:
+        """The step by which this record began."""
+        return Transition(
+            self.name, self.labels, self.incarnation, None, EngineState.LAUNCHING, Reason.LAUNCHED, 0.0, 0.0,
+            self.since_epoch_s, first_ready=False,
+        )  # fmt: skip
+
+    def move(self, reason: Reason, now: float, epoch_s: float) -> Transition | None:
+        """Take the edge that `reason` names, if there is one from here; `now` is monotonic.
+
+        Returns the step taken, or None when the reason means nothing in this state: a dead engine stays dead, and
+        an engine already unavailable does not become so twice.
+        """
+        left = EngineState(self.state)
+        event = MACHINE.events[reason.value]
+        if left not in event.transitions:
+            return None
+        event.trigger(self)
+        spent_s = now - self.since
+        self.spent[left] = self.spent.get(left, 0.0) + spent_s
+        self.reason, self.since, self.since_epoch_s = reason, now, epoch_s
+        first_ready = self.state == EngineState.READY and not self.ever_ready
+        self.ever_ready = self.ever_ready or first_ready
+        return Transition(
+            self.name, self.labels, self.incarnation, left, EngineState(self.state), reason, spent_s,
+            now - self.launched_at, epoch_s, first_ready,
+        )  # fmt: skip
+
+    def time_in_states(self, now: float) -> dict[EngineState, float]:
+        """Seconds spent in each state so far, the present one included, in the order in which they were entered."""
+        present = EngineState(self.state)
+        return self.spent | {present: self.spent.get(present, 0.0) + now - self.since}
+
+
+def diagram() -> str:
+    """The machine as a Mermaid state diagram, drawn from the machine itself.
+
+    One arrow an edge with its reasons; what ends every live state alike is one arrow from their frame.
+    """
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for trigger, event in MACHINE.events.items():
+        for source, edges in event.transitions.items():
+            for edge in edges:
+                reasons.setdefault((source, str(edge.dest)), []).append(trigger)
+    live = [state for state in MACHINE.states if any(source == state for source, _ in reasons)]
+    common = {
+        dest: names
+        for (source, dest), names in reasons.items()
+        if all(reasons.get((other, dest)) == names for other in live)
+    }
+    arrows = [
+        f"        {source} --> {dest}: {', '.join(names)}"
+        for (source, dest), names in reasons.items()
+        if dest not in common
+    ]
+    return "\n".join(
+        [
+            "stateDiagram-v2",
+            "    state live {",
+            f"        [*] --> {MACHINE.initial}: {Reason.LAUNCHED.value}",
+            *arrows,
+            "    }",
+            *(f"    live --> {dest}: {'<br/>'.join(names)}" for dest, names in common.items()),
+            *(f"    {dest} --> [*]" for dest in common),
+        ]
+    )
