@@ -55,10 +55,10 @@ def enter(code: bytes | None, header: Header, actor: Any, *values: Any) -> Any:
 def run_once(actor: Any, header: Header, *values: Any) -> Any:
     """Run a method of `actor` under its call's number, or give the outcome that it had.
 
-    The last of `values` belong to the header's keywords: they travel by position, since Ray resolves references only at the
-    top level, and a keyword of the method must not meet one of ours. A submission that finds the method running
-    waits for it; only the newest attempt at a call waits, so that repeated attempts do not fill an actor's threads.
-    What a superseded attempt returns reaches nobody.
+    The last of `values` belong to the header's keywords: they travel by position, since Ray resolves references only
+    at the top level, and a keyword of the method must not meet one of ours. A submission that finds the method
+    running waits for it; only the newest attempt at a call waits, so that repeated attempts do not fill an actor's
+    threads. What a superseded attempt returns reaches nobody.
     """
     caller, number, attempt, settled, method, keywords = header
     book = actor.__dict__.setdefault(BOOK, {"changed": threading.Condition(), "callers": {}})
@@ -93,8 +93,8 @@ def run_once(actor: Any, header: Header, *values: Any) -> Any:
         _end(changed, page, entry, _RETURNED, value)
         return value
     if entry[_STATUS] == _RAISED:
-        error, trace = entry[_VALUE]
-        raise error.with_traceback(trace)  # which would grow with every time it is raised
+        raised, trace = entry[_VALUE]
+        raise raised.with_traceback(trace)  # which would grow with every time it is raised
     if entry[_STATUS] == _DROPPED:
         raise RuntimeError(DROPPED)
     return entry[_VALUE]

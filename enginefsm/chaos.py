@@ -71,7 +71,7 @@ def cut(pid: int, peer: int | None = None) -> int:
     it is the calling process; one of the two may be the calling process, whatever it is.
 
     0 is an answer, not an error: Ray opens a connection when it is first needed, so that two processes may have none
-    at this moment, and one that ended before it could be cut is not counted.
+    at this moment. One that ended before it could be cut, or that its other side has not accepted yet, is not counted.
 
     Raises:
         NotAnEngineError: `pid` or `peer` is neither an engine's, a manager's nor the calling process.

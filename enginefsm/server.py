@@ -111,9 +111,12 @@ class _ServerProcess:
         return int(code) if code else None
 
     def log_tail(self) -> str:
-        with self.log_path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES))
-            lines = file.read().decode(errors="replace").rstrip().split("\n")
+        try:
+            with self.log_path.open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES))
+                lines = file.read().decode(errors="replace").rstrip().split("\n")
+        except OSError as error:  # temporary files get cleaned up; what happened to the server is still to be told
+            return f"  (cannot be read: {error.strerror})"
         # Of a progress bar, only what a terminal would show last.
         return "\n".join(f"  {line.rstrip().rpartition(chr(13))[2]}" for line in lines[-_LOG_TAIL_LINES:])
 
@@ -205,9 +208,10 @@ class ServerEngine(ABC):
         began = time.monotonic()
         while True:
             elapsed_s = time.monotonic() - began
-            if process.stopped:
+            exited = process.exited
+            if process.stopped:  # looked at after the exit, which may be its consequence
                 raise _shut_down(address)
-            if process.exited:
+            if exited:
                 exit_code = process.read_exit_code()
                 raise ServerStartError(
                     f"the server for {address} {_how_it_ended(exit_code)} after {elapsed_s:.1f} s, before it was "

@@ -144,6 +144,12 @@ def start(chaos_cluster: None) -> Iterator[Callable[[type], tuple[Any, int]]]:
         ray.kill(actor)
 
 
+def assert_echoes(connection: socket.socket) -> None:
+    """See to it that the other process has accepted the connection, and that it holds."""
+    connection.sendall(b"hello")
+    assert connection.recv(100) == b"hello"
+
+
 # --- cut ---
 
 
@@ -191,7 +197,10 @@ def test_processes_without_a_connection_have_none_cut(start):
 def test_a_cut_is_the_same_with_the_caller_named_first(start):
     engine, pid = start(Engine)
     with socket.create_connection(("127.0.0.1", ray.get(engine.listen.remote("127.0.0.1"))), timeout=10) as ours:
+        assert_echoes(ours)
+
         assert chaos.cut(os.getpid(), pid) >= 1
+
         assert ours.recv(1) == b""
 
 
@@ -208,20 +217,20 @@ def test_connections_that_share_both_ports_are_told_apart_by_address(start):
         to_near.connect(("127.0.0.1", port))
         to_far.bind(to_near.getsockname())
         to_far.connect(("127.0.0.2", port))
+        assert_echoes(to_near)
+        assert_echoes(to_far)
 
         assert chaos.cut(near_pid) >= 1
 
         assert to_near.recv(1) == b""
-        to_far.sendall(b"still here")
-        assert to_far.recv(100) == b"still here"
+        assert_echoes(to_far)
 
 
 def test_an_ipv4_connection_to_an_ipv6_socket_is_cut(start):
     engine, pid = start(Engine)
     port = ray.get(engine.listen.remote("::ffff:127.0.0.1"))
     with socket.create_connection(("127.0.0.1", port), timeout=10) as ours:
-        ours.sendall(b"hello")
-        assert ours.recv(100) == b"hello"
+        assert_echoes(ours)
         assert ray.get(engine.client_host.remote()) == "::ffff:127.0.0.1"
 
         assert chaos.cut(pid) >= 1
@@ -238,9 +247,15 @@ def test_a_process_is_not_cut_from_itself():
 def test_a_frozen_process_can_be_cut(start):
     engine, pid = start(Engine)
     address = ("127.0.0.1", ray.get(engine.listen.remote("127.0.0.1")))
-    with socket.create_connection(address, timeout=10) as ours, chaos.freeze(pid):
+    with socket.create_connection(address, timeout=10) as ours:
+        assert_echoes(ours)
+        chaos.freeze(pid, for_s=30)
+        until(lambda: is_stopped(pid))
+
         assert chaos.cut(pid) >= 1
+
         assert ours.recv(1) == b""
+        assert is_stopped(pid)
 
 
 def test_a_descriptor_that_came_to_mean_something_else_is_left_alone():

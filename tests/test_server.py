@@ -1,9 +1,10 @@
-"""A model server in a child process: what its owner sees, and that it never outlives it. On the stand-in, without Ray."""
+"""A model server in a child process: what its owner sees, and that it never outlives it. Stand-ins, and no Ray."""
 
 import contextlib
 import http.client
 import os
 import pickle
+import shutil
 import signal
 import socket
 import stat
@@ -40,21 +41,28 @@ def is_gone(process: psutil.Process) -> bool:
         return True
 
 
-def processes_running(program: str, under: psutil.Process | None = None) -> list[psutil.Process]:
+def servers(under: psutil.Process | None = None) -> list[psutil.Process]:
     found = []
     for process in (under or psutil.Process()).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            # The name of the program is the last word; in the keeper's command line it is the last word too.
-            command = process.cmdline()
-            if command and command[-1].endswith(program) and "keeper.py" not in " ".join(command):
+            command = process.cmdline()  # the keeper's names the server's program too
+            if any(word.endswith("standin_server.py") for word in command) and not any(
+                word.endswith("keeper.py") for word in command
+            ):
                 found.append(process)
     return found
 
 
 def the_server() -> psutil.Process:
     found: list[psutil.Process] = []
-    wait_until(lambda: found.extend(processes_running("standin_server.py")) or found)
+    wait_until(lambda: found.extend(servers()) or found)
     return found[0]
+
+
+def kill_the_server() -> None:
+    processes = psutil.Process().children(recursive=True)
+    the_server().kill()
+    wait_until(lambda: all(is_gone(process) for process in processes))
 
 
 def status_of(port: int) -> int | str:
@@ -140,6 +148,17 @@ def test_a_server_that_is_killed_while_it_starts_is_reported_at_once_by_signal(m
     assert error.value.exit_code == -signal.SIGKILL
 
 
+def test_a_start_error_tells_the_exit_code_though_the_log_is_gone(make_engine: MakeEngine, tmp_path: Path) -> None:
+    engine = make_engine(import_s=60)
+    with ThreadPoolExecutor() as pool:
+        init = pool.submit(engine.init)
+        server = the_server()
+        shutil.rmtree(next(tmp_path.iterdir()))
+        server.kill()
+        with pytest.raises(ServerStartError, match=r"killed by SIGKILL(?s:.*)No such file"):
+            init.result(timeout=10)
+
+
 def test_a_start_error_keeps_its_code_when_it_crosses_processes() -> None:
     error = pickle.loads(pickle.dumps(ServerStartError("it exited", exit_code=3)))
     assert (str(error), error.exit_code) == ("it exited", 3)
@@ -173,7 +192,7 @@ def test_a_second_init_is_refused_while_the_server_lives(make_engine: MakeEngine
     url = engine.init()
     with pytest.raises(RuntimeError, match=r"already has a server.*call shutdown\(\)"):
         engine.init()
-    assert len(processes_running("standin_server.py")) == 1
+    assert len(servers()) == 1
     assert engine.url() == url
     assert engine.health_generate()
 
@@ -196,10 +215,8 @@ def test_an_engine_starts_again_on_the_same_port_after_a_shutdown_and_after_a_de
     engine.generate("a prompt")
     engine.shutdown()
     assert engine.init(free_port) == url
-    the_server().kill()
-    wait_until(lambda: not processes_running("standin_server.py"))
-    wait_until(lambda: not engine.health_generate())
-    wait_until(lambda: not psutil.Process().children())
+    kill_the_server()
+    assert not engine.health_generate()
     assert engine.init(free_port) == url
     assert engine.health_generate()
 
@@ -260,8 +277,7 @@ def test_generate_without_a_server_says_to_call_init(make_engine: MakeEngine) ->
 def test_generate_from_a_dead_server_says_that_it_exited_and_where_its_log_is(make_engine: MakeEngine) -> None:
     engine = make_engine()
     engine.init()
-    the_server().kill()
-    wait_until(lambda: not psutil.Process().children())
+    kill_the_server()
     with pytest.raises(ServerRequestError, match=r"has exited.*server\.log"):
         engine.generate("a prompt")
 
@@ -343,7 +359,7 @@ def test_a_port_that_is_taken_while_the_server_loads_is_reported_from_its_log(
         thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         thief.bind(("127.0.0.1", free_port))
         thief.listen()
-        wait_until(lambda: not processes_running("standin_server.py"))
+        wait_until(lambda: not servers())
         thief.close()  # so that a health request that it had accepted ends
         with pytest.raises(ServerStartError, match="Address already in use"):
             init.result(timeout=10)
@@ -390,9 +406,8 @@ def test_shutdown_leaves_no_process_and_may_be_repeated(tmp_path: Path) -> None:
 def test_a_server_that_dies_takes_its_offspring_along(tmp_path: Path) -> None:
     engine = EngineWithOffspring(import_s=0, load_s=0, log_dir=tmp_path)
     engine.init()
-    processes = psutil.Process().children(recursive=True)
-    the_server().kill()
-    wait_until(lambda: all(is_gone(process) for process in processes))
+    assert "sleep" in [process.name() for process in psutil.Process().children(recursive=True)]
+    kill_the_server()
 
 
 def test_shutdown_while_init_waits_ends_init_with_an_error_that_says_so(make_engine: MakeEngine) -> None:
@@ -466,7 +481,7 @@ def test_a_server_outlives_the_thread_that_ran_init_but_not_a_killed_owner(
 def test_a_frozen_server_does_not_outlive_a_killed_owner(start_owner: Callable[..., psutil.Process]) -> None:
     owner = start_owner()
     processes = owner.children(recursive=True)
-    processes_running("standin_server.py", under=owner)[0].suspend()
+    servers(under=owner)[0].suspend()
     owner.kill()
     wait_until(lambda: all(is_gone(process) for process in processes))
 

@@ -1,0 +1,219 @@
+"""Deaths and errors fail at once, by engine and by reason. On a real Ray, with real deaths."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+import ray
+from engines import Doomed, wait_until
+from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayTaskError
+
+import enginefsm
+from enginefsm import EngineState, LaunchDeadlineError, Outcome, Reason, RetryExhaustedError, RetryPolicy, chaos
+
+LAUNCHING, READY, UNAVAILABLE, DEAD = EngineState
+
+
+def killed(rig):
+    rig.wait_for("begun")
+    os.kill(rig.pid, signal.SIGKILL)
+
+
+def test_a_killed_engine_fails_the_bringup_by_name_while_others_still_launch(fleet):
+    rigs = [fleet.launch() for _ in range(3)]
+    launch = fleet.in_background([rig.engine.init.remote() for rig in rigs])
+    for rig in rigs:
+        rig.wait_for("begun")
+    killed(rigs[1])
+    error = launch.exception(30)
+    assert type(error) is ActorDiedError
+    assert "'engine-1'" in error.__notes__[0]
+    assert "model=tiny worker_type=regular" in error.__notes__[0]
+    assert [rig.engine.state for rig in rigs] == [LAUNCHING, DEAD, LAUNCHING]
+    assert rigs[1].engine.reason is Reason.ACTOR_DIED
+    assert fleet.metric("enginefsm_bringup_phase", model="tiny", phase="failed") == 1
+
+
+def test_a_killed_engine_that_ray_first_calls_unavailable_is_dead_one_probe_later(hasty_cluster, fleet):
+    rig = fleet.launch()
+    launch = fleet.in_background(rig.engine.init.remote())
+    killed(rig)
+    assert type(launch.exception(60)) is ActorDiedError
+    assert [each.outcome for each in fleet.outcomes(rig.engine)] == [Outcome.ACTOR_UNAVAILABLE, Outcome.ACTOR_DIED]
+    assert fleet.steps(rig.engine)[1:] == [
+        (LAUNCHING, UNAVAILABLE, Reason.ACTOR_UNAVAILABLE),
+        (UNAVAILABLE, DEAD, Reason.ACTOR_DIED),
+    ]
+
+
+def test_an_engine_that_dies_while_it_is_re_awaited_is_dead(fleet):
+    rig = fleet.launch()
+    launch = fleet.in_background(rig.engine.init.remote())
+    rig.wait_for("begun")
+    rig.cut()
+    fleet.wait_for_state(rig.engine, UNAVAILABLE)
+    killed(rig)
+    assert type(launch.exception(60)) is ActorDiedError
+    assert fleet.steps(rig.engine)[-1] == (UNAVAILABLE, DEAD, Reason.ACTOR_DIED)
+
+
+def test_an_error_of_init_is_raised_on_the_first_attempt(fleet):
+    rig = fleet.launch()
+    rig.open()
+    with pytest.raises(RuntimeError, match="CUDA out of memory") as raised:
+        fleet.monitor.get(rig.engine.init.remote("CUDA out of memory"))
+    assert isinstance(raised.value, RayTaskError)
+    assert "'engine-0'" in raised.value.__notes__[0]
+    assert [each.attempt for each in fleet.outcomes(rig.engine)] == [0]
+    assert rig.engine.reason is Reason.INIT_FAILED
+    assert rig.times_init_began() == 1
+
+
+def test_an_error_of_another_method_is_raised_and_leaves_the_engine_as_it_was(fleet):
+    rig = fleet.launch()
+    rig.open()
+    fleet.monitor.get(rig.engine.init.remote())
+    with pytest.raises(ValueError, match="bad tag"):
+        fleet.monitor.get(rig.engine.fail.remote("bad tag"))
+    assert rig.engine.state is READY
+
+
+def test_a_failed_constructor_is_named_as_such(cluster):
+    monitor = enginefsm.EngineMonitor()
+    engine = monitor.adopt(ray.remote(Doomed).options(num_cpus=0).remote(), name="doomed")
+    with pytest.raises(ActorDiedError, match="no such GPU"):
+        monitor.get(engine.init.remote())
+    assert (engine.state, engine.reason) == (DEAD, Reason.CONSTRUCTOR_FAILED)
+
+
+def test_a_runtime_environment_that_cannot_be_made_is_named_as_such(cluster, tmp_path):
+    monitor = enginefsm.EngineMonitor()
+    actor = ray.remote(Doomed).options(num_cpus=0, runtime_env={"working_dir": "file:///nowhere/at/all.zip"}).remote()
+    engine = monitor.adopt(actor, name="homeless")
+    with pytest.raises(Exception, match="untime"):
+        monitor.get(engine.init.remote(), timeout=120)
+    assert (engine.state, engine.reason) == (DEAD, Reason.RUNTIME_ENV_FAILED)
+
+
+def test_the_death_of_a_peer_inside_a_method_is_not_the_engine_s(fleet):
+    peer, rig = fleet.launch(), fleet.launch()
+    rig.open()
+    fleet.monitor.get(rig.engine.init.remote())
+    ray.kill(peer.engine.handle)
+    with pytest.raises(ActorDiedError) as raised:
+        fleet.monitor.get(rig.engine.ask.remote(peer.engine))
+    assert isinstance(raised.value, RayTaskError)
+    assert rig.engine.state is READY
+
+
+def test_a_restarted_actor_is_a_dead_engine_and_its_init_is_not_run_again(fleet):
+    rig = fleet.launch(max_restarts=1, max_task_retries=1)
+    rig.open()
+    fleet.monitor.get(rig.engine.init.remote())
+    before = rig.pid
+    os.kill(before, signal.SIGKILL)
+    wait_until(lambda: rig.pid != before, what="the restart")
+    with pytest.raises(ActorDiedError):
+        while True:  # Ray may say that it is unavailable, or restarting, first
+            fleet.monitor.get(rig.engine.times_init_ran.remote(), timeout=60)
+    assert (rig.engine.state, rig.engine.reason) == (DEAD, Reason.ACTOR_DIED)
+    assert rig.times_init_began() == 1
+
+
+def test_an_actor_restarted_while_init_runs_does_not_run_it_again(fleet):
+    rig = fleet.launch(max_restarts=1)
+    launch = fleet.in_background(rig.engine.init.remote())
+    killed(rig)
+    assert isinstance(launch.exception(60), ActorDiedError)
+    assert rig.engine.reason is Reason.ACTOR_DIED
+    assert rig.times_init_began() == 1
+
+
+@pytest.mark.parametrize("policy", [RetryPolicy(budget_s=3, cap_s=0.5), RetryPolicy(max_attempts=1)])
+def test_an_engine_that_stays_cut_off_is_given_up_and_ray_s_last_error_is_kept(fleet, policy):
+    rig = fleet.launch()
+    call = rig.engine.init.remote()
+    rig.wait_for("begun")
+    over = threading.Event()
+
+    def keep_cutting():
+        while not over.wait(0.02):
+            chaos.cut(rig.pid)
+
+    cutter = threading.Thread(target=keep_cutting)
+    cutter.start()
+    try:
+        began = time.monotonic()
+        with pytest.raises(RetryExhaustedError, match="'engine-0'") as raised:
+            fleet.monitor.get(call)
+        took_s = time.monotonic() - began
+    finally:
+        over.set()
+        cutter.join()
+    assert type(raised.value.__cause__) is ActorUnavailableError
+    assert isinstance(raised.value, ActorUnavailableError)
+    assert raised.value.actor_id == rig.engine.actor_id
+    assert took_s < 20
+    assert fleet.steps(rig.engine)[-1] == (UNAVAILABLE, DEAD, Reason.RETRY_EXHAUSTED)
+    labels = {"model": "tiny", "worker_type": "regular", "reason": "retry_exhausted"}
+    assert fleet.metric("enginefsm_retry_exhausted_total", **labels) == 1
+    assert fleet.metric("enginefsm_retry_exhausted_timestamp_seconds", engine="engine-0", **labels) > 0
+    with pytest.raises(RetryExhaustedError):
+        fleet.monitor.get(call)
+
+
+@pytest.mark.parametrize("policy", [RetryPolicy(launch_deadline_s=3)])
+def test_a_frozen_engine_runs_into_the_launch_deadline_which_names_all_that_still_launch(fleet, policy):
+    rigs = [fleet.launch() for _ in range(3)]
+    calls = [rig.engine.init.remote() for rig in rigs]
+    for rig in rigs:
+        rig.wait_for("begun")
+    rigs[0].open()
+    fleet.monitor.get(calls[0])
+    with chaos.freeze(rigs[1].pid), pytest.raises(LaunchDeadlineError) as raised:
+        fleet.monitor.get(calls)
+    assert isinstance(raised.value, GetTimeoutError)
+    assert "'engine-1'" in str(raised.value)
+    assert "'engine-2'" in str(raised.value)
+    assert "'engine-0'" not in str(raised.value)
+    assert rigs[0].engine.state is READY
+    assert rigs[1].engine.reason is Reason.LAUNCH_DEADLINE
+
+
+def test_resources_that_nobody_has_are_waited_for_until_the_caller_has_enough(fleet):
+    rig = fleet.launch(resources={"no such thing": 1})
+    with pytest.raises(GetTimeoutError, match="engine-0.*launching"):
+        fleet.monitor.get(rig.engine.init.remote(), timeout=0.5)
+    assert rig.engine.state is LAUNCHING
+
+
+def test_an_outcome_of_an_older_incarnation_changes_nothing(fleet):
+    old = fleet.launch(name="one")
+    call = old.engine.init.remote()
+    old.wait_for("begun")
+    fleet.monitor.release(old.engine)
+    new = fleet.launch(name="one")
+    assert (old.engine.incarnation, new.engine.incarnation) == (1, 2)
+    killed(old)
+    with pytest.raises(ActorDiedError):
+        fleet.monitor.get(call)
+    assert (old.engine.reason, new.engine.state) == (Reason.RELEASED, LAUNCHING)
+    assert [engine.actor_id for engine in fleet.monitor.engines()] == [new.engine.actor_id]
+
+
+def test_a_listener_that_raises_costs_the_bringup_nothing(fleet, caplog):
+    def broken(event):
+        raise OSError("disk full")
+
+    fleet.monitor.add_listener(broken)
+    rig = fleet.launch()
+    rig.open()
+    assert fleet.monitor.get(rig.engine.init.remote()) == "launched"
+    assert fleet.metric("enginefsm_export_errors_total", sink="broken") is None  # it has no run; see below
+    value = fleet.monitor.metrics.registry.get_sample_value("enginefsm_export_errors_total", {"sink": "broken"})
+    assert value == len(fleet.events) - 0
+    assert "disk full" in caplog.text

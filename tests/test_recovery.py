@@ -1,0 +1,303 @@
+"""Engines that are cut off while they launch come up, each `init` run once. On a real Ray, with real cuts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+import ray
+from engines import Grouped, WithoutEnginefsm, wait_until
+from ray.exceptions import ActorUnavailableError, GetTimeoutError
+
+from enginefsm import EngineState, Outcome, Reason, chaos
+
+LAUNCHING, READY, UNAVAILABLE, DEAD = EngineState
+LAUNCHED = (None, LAUNCHING, Reason.LAUNCHED)
+LOST = (LAUNCHING, UNAVAILABLE, Reason.ACTOR_UNAVAILABLE)
+BACK = (UNAVAILABLE, READY, Reason.RECOVERED)
+
+
+def test_a_plain_reference_that_failed_is_sealed_though_its_method_ends(fleet):
+    rig = fleet.launch()
+    ref = rig.engine.handle.init.remote()
+    rig.wait_for("begun")
+    rig.cut()
+    with pytest.raises(ActorUnavailableError):
+        ray.get(ref)
+    rig.open()
+    rig.wait_for("ended")
+    with pytest.raises(ActorUnavailableError):
+        ray.get(ref)
+
+
+def test_a_healthy_engine_is_launched_and_nothing_else_is_said(fleet):
+    rig = fleet.launch()
+    rig.open()
+    assert fleet.monitor.get(rig.engine.init.remote(value=7)) == 7
+    assert fleet.steps(rig.engine) == [LAUNCHED, (LAUNCHING, READY, Reason.INIT_SUCCEEDED)]
+    assert fleet.metric("enginefsm_reawaits_total", model="tiny", worker_type="regular", method="init", result="answered") == 0
+
+
+def test_a_cut_before_init_runs_costs_nothing(fleet):
+    rig = fleet.launch()
+    holding = rig.engine.handle.hold.remote()
+    rig.wait_for("held")
+    launch = fleet.in_background(rig.engine.init.remote())
+    rig.cut()
+    fleet.wait_for_state(rig.engine, UNAVAILABLE)
+    assert rig.times_init_began() == 0
+    rig.open("let_go")
+    rig.open()
+    assert launch.result(60) == "launched"
+    assert rig.times_init_began() == 1
+    del holding
+
+
+def test_a_cut_while_init_runs_costs_nothing(fleet):
+    rig = fleet.launch()
+    launch = fleet.in_background(rig.engine.init.remote())
+    rig.wait_for("begun")
+    rig.cut()
+    fleet.wait_for_state(rig.engine, UNAVAILABLE)
+    rig.open()
+    assert launch.result(60) == "launched"
+    assert fleet.steps(rig.engine) == [LAUNCHED, LOST, BACK]
+    assert rig.times_init_began() == 1
+
+
+def test_init_that_ends_while_its_reply_is_lost_gives_what_it_gave(fleet):
+    rig = fleet.launch()
+    launch = fleet.in_background(rig.engine.init.remote(value={"port": 30000}))
+    rig.wait_for("begun")
+    rig.cut()
+    rig.open()
+    rig.wait_for("ended")
+    assert fleet.steps(rig.engine) == [LAUNCHED], "Ray told of the break before init had ended"
+    assert launch.result(60) == {"port": 30000}
+    assert rig.times_init_began() == 1
+
+
+def test_init_that_raises_while_its_reply_is_lost_raises_the_original_once(fleet):
+    rig = fleet.launch()
+    launch = fleet.in_background(rig.engine.init.remote("CUDA out of memory"))
+    rig.wait_for("begun")
+    rig.cut()
+    rig.open()
+    error = launch.exception(60)
+    assert isinstance(error, RuntimeError)
+    assert "CUDA out of memory" in str(error)
+    assert rig.times_init_began() == 1
+    assert fleet.steps(rig.engine)[-1] == (UNAVAILABLE, DEAD, Reason.INIT_FAILED)
+
+
+def test_a_cut_after_init_is_borne_by_the_next_call(fleet):
+    rig = fleet.launch()
+    rig.open()
+    fleet.monitor.get(rig.engine.init.remote())
+    holding = fleet.in_background(rig.engine.hold.remote())
+    rig.wait_for("held")
+    rig.cut()
+    fleet.wait_for_state(rig.engine, UNAVAILABLE)
+    rig.open("let_go")
+    assert holding.result(60) is None
+    assert fleet.steps(rig.engine)[2:] == [(READY, UNAVAILABLE, Reason.ACTOR_UNAVAILABLE), BACK]
+
+
+def test_two_cuts_in_one_launch_cost_nothing(fleet):
+    rig = fleet.launch()
+    launch = fleet.in_background(rig.engine.init.remote())
+    rig.wait_for("begun")
+    rig.cut()
+    fleet.wait_for_attempts(rig.engine, 1)
+    rig.cut()  # the connection of the re-await
+    fleet.wait_for_attempts(rig.engine, 2)
+    rig.open()
+    assert launch.result(60) == "launched"
+    assert fleet.steps(rig.engine) == [LAUNCHED, LOST, BACK]
+    assert [each.outcome for each in fleet.outcomes(rig.engine)] == [Outcome.ACTOR_UNAVAILABLE] * 2 + [Outcome.SUCCEEDED]
+    assert rig.times_init_began() == 1
+
+
+def test_a_busy_engine_is_not_polled_while_it_is_re_awaited(fleet):
+    rig = fleet.launch()
+    call = rig.engine.init.remote()
+    launch = fleet.in_background(call)
+    rig.wait_for("begun")
+    rig.cut()
+    fleet.wait_for_attempts(rig.engine, 1)
+    wait_until(lambda: call.attempt == 1, what="the resubmission")
+    with pytest.raises(GetTimeoutError):
+        fleet.monitor.get(call, timeout=4)  # longer than any pause of the policy
+    assert call.attempt == 1
+    opened = time.monotonic()
+    rig.open()
+    launch.result(60)
+    assert time.monotonic() - opened < 1, "the outcome did not arrive with the end of init"
+
+
+def test_the_same_engines_come_up_and_none_is_recreated(fleet):
+    rigs = [fleet.launch() for _ in range(4)]
+    pids = [rig.pid for rig in rigs]
+    launch = fleet.in_background([rig.engine.init.remote(value=number) for number, rig in enumerate(rigs)])
+    for rig in rigs:
+        rig.wait_for("begun")
+    for rig in rigs[1:]:
+        rig.cut()
+    for rig in rigs[1:]:
+        fleet.wait_for_state(rig.engine, UNAVAILABLE)
+    for rig in rigs:
+        rig.open()
+    assert launch.result(60) == [0, 1, 2, 3]
+    assert [[int(pid) for pid in rig.read("begun").split()] for rig in rigs] == [[pid] for pid in pids]
+
+
+def test_an_engine_without_enginefsm_in_its_environment_recovers(fleet):
+    rig = fleet.launch(WithoutEnginefsm)
+    launch = fleet.in_background(rig.engine.init.remote())
+    rig.wait_for("begun")
+    rig.cut()
+    fleet.wait_for_state(rig.engine, UNAVAILABLE)
+    rig.open()
+    assert launch.result(60) == "launched"
+    assert fleet.monitor.get([rig.engine.can_import_enginefsm.remote(), rig.engine.times_init_ran.remote()]) == [False, 1]
+
+
+def test_an_engine_that_answers_another_call_is_launching_again(fleet):
+    rig = fleet.launch(Grouped, concurrency_groups={"health": 1})
+    launch = fleet.in_background(rig.engine.init.remote())
+    rig.wait_for("begun")
+    rig.cut()
+    fleet.wait_for_state(rig.engine, UNAVAILABLE)
+    assert fleet.monitor.get(rig.engine.health.remote(), timeout=30) == "well"
+    assert fleet.steps(rig.engine)[-1] == (UNAVAILABLE, LAUNCHING, Reason.ACTOR_REACHABLE)
+    rig.open()
+    assert launch.result(60) == "launched"
+    assert fleet.steps(rig.engine)[-1] == (LAUNCHING, READY, Reason.INIT_SUCCEEDED)
+    assert rig.times_init_began() == 1
+
+
+def test_many_cuts_leave_one_waiter_in_a_threaded_engine(fleet):
+    rig = fleet.launch(max_concurrency=3)
+    launch = fleet.in_background(rig.engine.init.remote())
+    rig.wait_for("begun")
+    for attempts in range(1, 5):
+        rig.cut()
+        fleet.wait_for_attempts(rig.engine, attempts)
+        wait_until(lambda: launch.done() or rig.engine.state is UNAVAILABLE)
+    # Of three threads init has one and the newest re-await another; older re-awaits have left theirs.
+    assert fleet.monitor.get(rig.engine.times_init_ran.remote(), timeout=30) == 1
+    rig.open()
+    assert launch.result(60) == "launched"
+
+
+def test_a_get_that_timed_out_is_called_again(fleet):
+    rig = fleet.launch()
+    call = rig.engine.init.remote()
+    rig.wait_for("begun")
+    with pytest.raises(GetTimeoutError, match=rig.engine.name):
+        fleet.monitor.get(call, timeout=0.1)
+    rig.cut()
+    with pytest.raises(GetTimeoutError, match="unavailable"):
+        fleet.monitor.get(call, timeout=5)
+    rig.open()
+    assert fleet.monitor.get(call) == "launched"
+    assert fleet.monitor.get([call, call]) == ["launched", "launched"]
+    assert rig.times_init_began() == 1
+
+
+def test_two_threads_may_wait_for_one_call(fleet):
+    rig = fleet.launch()
+    call = rig.engine.init.remote()
+    launches = [fleet.in_background(call) for _ in range(2)]
+    rig.wait_for("begun")
+    rig.cut()
+    fleet.wait_for_attempts(rig.engine, 1)
+    wait_until(lambda: call.attempt == 1, what="the resubmission")
+    rig.open()
+    assert [launch.result(60) for launch in launches] == ["launched"] * 2
+    assert call.attempt == 1
+    assert rig.times_init_began() == 1
+
+
+def test_an_interrupt_ends_the_wait_at_once_and_the_calls_can_be_awaited_again(fleet):
+    rig = fleet.launch()
+    call = rig.engine.init.remote()
+    rig.wait_for("begun")
+    rig.cut()
+
+    def interrupt():
+        fleet.wait_for_state(rig.engine, UNAVAILABLE)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        fleet.monitor.get(call, timeout=60)
+    thread.join()
+    rig.open()
+    assert fleet.monitor.get(call) == "launched"
+    assert rig.times_init_began() == 1
+
+
+def test_a_frozen_engine_that_thaws_answers_as_if_nothing_had_been(fleet):
+    rig = fleet.launch()
+    call = rig.engine.init.remote()
+    rig.wait_for("begun")
+    with chaos.freeze(rig.pid), pytest.raises(GetTimeoutError):
+        rig.open()
+        fleet.monitor.get(call, timeout=2)
+    assert fleet.monitor.get(call) == "launched"
+    assert fleet.steps(rig.engine) == [LAUNCHED, (LAUNCHING, READY, Reason.INIT_SUCCEEDED)]
+
+
+def test_outcomes_that_arrived_are_forgotten_by_the_actor(fleet):
+    rig = fleet.launch()
+    rig.open()
+    fleet.monitor.get(rig.engine.init.remote())
+    fleet.monitor.get([rig.engine.echo.remote(number) for number in range(50)])
+    assert fleet.monitor.get(rig.engine.remembered.remote()) == 0
+
+
+def test_a_plain_launch_reference_is_asked_after_by_the_probe(fleet):
+    rig = fleet.launch(adopt={"probe": "launched"})
+    ref = rig.engine.handle.init.remote()
+    launch = fleet.in_background(ref)
+    rig.wait_for("begun")
+    rig.cut()
+    fleet.wait_for_state(rig.engine, UNAVAILABLE)
+    rig.open()
+    assert launch.result(60) is True
+    assert fleet.steps(rig.engine) == [LAUNCHED, LOST, BACK]
+    assert fleet.monitor.get(ref) is True, "a second look at the lost reference must not say anything new"
+    assert rig.engine.state is READY
+
+
+def test_a_probe_that_says_not_yet_is_asked_again_and_may_be_a_function(fleet):
+    rig = fleet.launch(max_concurrency=2, adopt={"probe": lambda engine: (engine.directory / "ended").exists()})
+    launch = fleet.in_background(rig.engine.handle.init.remote())
+    rig.wait_for("begun")
+    rig.cut()
+    fleet.wait_for(lambda: (UNAVAILABLE, LAUNCHING, Reason.ACTOR_REACHABLE) in fleet.steps(rig.engine))
+    rig.open()
+    assert launch.result(60) is True
+    assert rig.engine.state is READY
+    assert rig.times_init_began() == 1
+
+
+def test_a_plain_reference_without_a_probe_passes_the_error_on_after_the_state_has_moved(fleet):
+    rig = fleet.launch()
+    ref = rig.engine.handle.init.remote()
+    rig.wait_for("begun")
+    rig.cut()
+    with pytest.raises(ActorUnavailableError) as raised:
+        fleet.monitor.get(ref)
+    assert rig.engine.state is UNAVAILABLE
+    assert "never recovers" in "\n".join(raised.value.__notes__)
+    rig.open()
+    fleet.monitor.get(rig.engine.times_init_ran.remote())
+    with pytest.raises(ActorUnavailableError):
+        fleet.monitor.get(ref)
+    assert rig.engine.state is LAUNCHING, "an old failure was taken for a new one"
