@@ -5,9 +5,11 @@ library and nothing of enginefsm, and the book that it keeps on the actor is mad
 monitor may bring another release of this file.
 
 The book, on the actor instance under `BOOK`:
+    run        `run_once`, as the first caller brought it
     changed    a condition around everything below
     callers    {caller: page}, where a caller is one monitor that adopted this actor, and a page is
         below      every call with a lower number is settled: its caller has the outcome and will not ask again
+        unseen     those of them that have not come yet: given up on the way, they run once all the same
         seen_at    when the caller was last heard of
         calls      {number: entry} of those not below
         ended      the entries in the order in which they ended, for dropping the oldest
@@ -28,9 +30,8 @@ Header = tuple[str, int, int, tuple[int, tuple[int, ...]], str, tuple[str, ...]]
 """Caller, number and attempt of the call; what the caller has settled; the method, and the names of its keywords."""
 
 BOOK = "_enginefsm_book_1"  # the number is that of the layout above
-RUN = "_enginefsm_run_1"
 MAX_OUTCOMES = 1000  # held for one caller; past it the oldest is dropped
-MAX_AGE_S = 3600.0  # an outcome not asked for in so long is dropped; a caller silent for so long is forgotten
+MAX_AGE_S = 3600.0  # an outcome not asked for in so long is dropped; a caller so long silent, with no call open, too
 RESTARTED = "enginefsm: this actor was restarted, and the earlier process took the call with it"
 DROPPED = "enginefsm: the outcome of this call is no longer remembered"
 
@@ -44,12 +45,21 @@ def enter(code: bytes | None, header: Header, actor: Any, *values: Any) -> Any:
     It is unpickled once an actor, and no longer sent once the actor has answered its caller: an actor that then
     does not have it is a new process.
     """
-    run = actor.__dict__.get(RUN)
-    if run is None:
-        if code is None:
-            raise RuntimeError(RESTARTED)
-        run = actor.__dict__[RUN] = pickle.loads(code)  # noqa: S301  as Ray unpickles what it is sent
+    book = actor.__dict__.get(BOOK)
+    if book:  # else there is none, or the empty copy in a state that the actor restored
+        run = book["run"]
+    elif code is not None:
+        run = pickle.loads(code)  # noqa: S301  as Ray unpickles what it is sent
+    else:
+        raise RuntimeError(RESTARTED)
     return run(actor, header, *values)
+
+
+class _Book(dict[str, Any]):
+    """Stays behind, locks and outcomes with it, when the actor copies or pickles itself: for a child process, say."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, ()
 
 
 def run_once(actor: Any, header: Header, *values: Any) -> Any:
@@ -61,56 +71,79 @@ def run_once(actor: Any, header: Header, *values: Any) -> Any:
     threads. What a superseded attempt returns reaches nobody.
     """
     caller, number, attempt, settled, method, keywords = header
-    book = actor.__dict__.setdefault(BOOK, {"changed": threading.Condition(), "callers": {}})
-    changed = book["changed"]
+    book = actor.__dict__.setdefault(BOOK, _Book())
+    book.setdefault("run", run_once)
+    callers, changed = book.setdefault("callers", {}), book.setdefault("changed", threading.Condition())
     with changed:
-        page = _page(book["callers"], caller, knows_actor=attempt > 0 or settled != (0, ()))
+        page = _page(callers, caller, settled[0], knows_actor=attempt > 0 or settled != (0, ()))
         _settle(page, *settled)
+        changed.notify_all()  # whoever waits for a call that was given up may go
         _drop_oldest(page)
-        if number < page["below"]:
-            return None  # a late duplicate of a settled call
         entry = page["calls"].get(number)
+        runs_it = entry is None
         if entry is None:
-            entry = page["calls"][number] = [_RUNNING, None, 0.0, attempt]
-            runs_it = True
+            given_up = number in page["unseen"]
+            page["unseen"].discard(number)
+            if number < page["below"] and not given_up:
+                return None  # a late duplicate of a settled call
+            entry = [_SETTLED if given_up else _RUNNING, None, 0.0, attempt]
+            if number >= page["below"]:
+                page["calls"][number] = entry
         else:
-            runs_it = False
             entry[_ATTEMPT] = max(attempt, entry[_ATTEMPT])
             changed.notify_all()
             while entry[_STATUS] == _RUNNING and entry[_ATTEMPT] == attempt:
                 changed.wait()
             if entry[_ATTEMPT] != attempt:
                 return None
+        status, value = entry[_STATUS], entry[_VALUE]
     if runs_it:
         split = len(values) - len(keywords)
         try:
             value = getattr(actor, method)(*values[:split], **dict(zip(keywords, values[split:], strict=True)))
         except BaseException as error:
-            # A remembered exception must not keep alive what the method had in its variables, tensors included.
-            traceback.clear_frames(error.__traceback__)
+            _forget_locals(error)
             _end(changed, page, entry, _RAISED, (error, error.__traceback__))
             raise
         _end(changed, page, entry, _RETURNED, value)
         return value
-    if entry[_STATUS] == _RAISED:
-        raised, trace = entry[_VALUE]
+    if status == _RAISED:
+        raised, trace = value
         raise raised.with_traceback(trace)  # which would grow with every time it is raised
-    if entry[_STATUS] == _DROPPED:
+    if status == _DROPPED:
         raise RuntimeError(DROPPED)
-    return entry[_VALUE]
+    return value
 
 
-def _page(callers: dict[str, Any], caller: str, knows_actor: bool) -> dict[str, Any]:
+def _forget_locals(error: BaseException) -> None:
+    """A remembered exception must not keep alive what the method had in its variables, tensors included."""
+    chain: dict[int, BaseException] = {}
+    found: list[BaseException | None] = [error]
+    while found:
+        one = found.pop()
+        if one is not None and id(one) not in chain:
+            chain[id(one)] = one
+            traceback.clear_frames(one.__traceback__)
+            found += [one.__cause__, one.__context__]
+            found += one.exceptions if isinstance(one, BaseExceptionGroup) else ()
+
+
+def _page(callers: dict[str, Any], caller: str, below: int, knows_actor: bool) -> dict[str, Any]:
     now = time.monotonic()
     if caller not in callers:
         # Whoever has dealt with this actor before is in its book, unless the process is a new one.
         if knows_actor and _was_restarted():
             raise RuntimeError(RESTARTED)
         for name, page in list(callers.items()):
-            running = any(entry[_STATUS] == _RUNNING for entry in page["calls"].values())
-            if not running and now - page["seen_at"] >= MAX_AGE_S:
+            _drop_oldest(page)
+            # Forgetting a call that may be asked for again would run it again.
+            is_open = any(entry[_STATUS] != _SETTLED for entry in page["calls"].values())
+            if not is_open and now - page["seen_at"] >= MAX_AGE_S:
                 del callers[name]
-        callers[caller] = {"below": 0, "seen_at": now, "calls": {}, "ended": collections.deque(), "held": 0}
+        callers[caller] = {
+            "below": max(0, below - MAX_OUTCOMES),  # no more than so many are taken for unseen
+            "unseen": set(), "seen_at": now, "calls": {}, "ended": collections.deque(), "held": 0,
+        }  # fmt: skip
     callers[caller]["seen_at"] = now
     return callers[caller]  # type: ignore[no-any-return]
 
@@ -122,15 +155,19 @@ def _was_restarted() -> bool:
 
 
 def _settle(page: dict[str, Any], below: int, also: tuple[int, ...]) -> None:
-    calls = page["calls"]
+    calls, unseen = page["calls"], page["unseen"]
     for number in range(page["below"], below):
         if number in calls:
             _release(page, calls.pop(number), _SETTLED)
+        else:
+            unseen.add(number)
     page["below"] = max(page["below"], below)
     for number in also:
-        if number >= page["below"]:
+        if number in calls:
             # The number stays, so that a late duplicate does not run the method again; what it returned goes.
-            _release(page, calls.setdefault(number, [_SETTLED, None, 0.0, 0]), _SETTLED)
+            _release(page, calls[number], _SETTLED)
+        elif number >= page["below"]:
+            unseen.add(number)
 
 
 def _drop_oldest(page: dict[str, Any]) -> None:

@@ -76,8 +76,8 @@ def cut(pid: int, peer: int | None = None) -> int:
     Raises:
         NotAnEngineError: `pid` or `peer` is neither an engine's, a manager's nor the calling process.
         ValueError: `pid` and `peer` are the same process.
-        PermissionError: neither is the calling process, which has no right to trace them. The calling process's own
-            connections need no such right.
+        PermissionError: the sockets of one of the two are out of reach: it is another user's, or neither is the calling
+            process, which has no right to trace them.
         OSError: neither is the calling process, and this kernel or sandbox lacks `pidfd_getfd` (Linux 5.6).
     """
     me = os.getpid()
@@ -307,9 +307,9 @@ def _not_permitted(number: int, pid: int) -> OSError:
     """Give the error for a process whose sockets are out of reach; OSError picks its own subclass by the number."""
     return OSError(
         number,
-        f"{os.strerror(number)}: cutting a connection between two other processes takes the sockets of pid {pid}; that "
-        "needs Linux 5.6 and the right to trace it (root, CAP_SYS_PTRACE, or the same user with "
-        "kernel.yama.ptrace_scope=0; in a container --cap-add=SYS_PTRACE)",
+        f"{os.strerror(number)}: the sockets of pid {pid} are out of reach: to look at them takes its user or root; to "
+        "cut it from a process other than the caller also takes Linux 5.6 and the right to trace it (root, CAP_SYS_PTRACE "
+        "or kernel.yama.ptrace_scope=0; in a container --cap-add=SYS_PTRACE)",
     )
 
 

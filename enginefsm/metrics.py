@@ -84,7 +84,7 @@ class FleetMetrics(Collector):
             (*GROUP, "method", "result"),
         )  # fmt: skip
         self._exhausted = counter("retry_exhausted", "Engines given up, their bounds spent.", (*GROUP, "reason"))
-        self._export_errors = counter("export_errors", "Events that a listener failed on.", ("sink",))
+        self._export_errors = counter("export_errors", "Events that a listener failed on.", ("run", "sink"))
         self._launch_duration = histogram(
             "launch_duration", "From adoption to the end of the launch method.", GROUP, LAUNCH_BUCKETS_S
         )
@@ -102,11 +102,14 @@ class FleetMetrics(Collector):
 
     def __call__(self, event: Event) -> None:
         """Count one event."""
-        group = (self._run, event.labels.get("model", ""), event.labels.get("worker_type", ""))
+        group = self._group(event.labels)
         if isinstance(event, Transition):
             self._count_transition(group, event)
         else:
             self._count_outcome(group, event)
+
+    def _group(self, labels: Mapping[str, str]) -> tuple[str, str, str]:
+        return self._run, labels.get("model", ""), labels.get("worker_type", "")
 
     def _count_transition(self, group: tuple[str, str, str], step: Transition) -> None:
         if group not in self._groups:
@@ -121,12 +124,7 @@ class FleetMetrics(Collector):
             self._exhausted.labels(*group, step.reason).inc()
 
     def _count_outcome(self, group: tuple[str, str, str], event: CallOutcome) -> None:
-        if (*group, event.method) not in self._methods:
-            self._methods.add((*group, event.method))
-            for outcome in Outcome:
-                self._outcomes.labels(*group, event.method, outcome)
-            for result in REAWAIT_RESULTS:
-                self._reawaits.labels(*group, event.method, result)
+        self._begin_method_at_zero(group, event.method)
         self._outcomes.labels(*group, event.method, event.outcome).inc()
         if event.attempt:
             self._reawaits.labels(*group, event.method, _reawait_result(event.outcome)).inc()
@@ -144,9 +142,25 @@ class FleetMetrics(Collector):
         self._launch_duration.labels(*group)
         self._unavailable_duration.labels(*group)
 
+    def _begin_method_at_zero(self, group: tuple[str, str, str], method: str) -> None:
+        if (*group, method) not in self._methods:
+            self._methods.add((*group, method))
+            for outcome in Outcome:
+                self._outcomes.labels(*group, method, outcome)
+            for result in REAWAIT_RESULTS:
+                self._reawaits.labels(*group, method, result)
+
+    def expect_calls(self, labels: Mapping[str, str], method: str) -> None:
+        """Begin to count, at 0, the outcomes of a method of engines with these labels."""
+        self._begin_method_at_zero(self._group(labels), method)
+
+    def expect_listener(self, listener: object) -> None:
+        """Begin to count, at 0, the failures of a listener."""
+        self._export_errors.labels(self._run, _sink(listener))
+
     def listener_failed(self, listener: object) -> None:
         """Count a listener that raised."""
-        self._export_errors.labels(getattr(listener, "__name__", type(listener).__name__)).inc()
+        self._export_errors.labels(self._run, _sink(listener)).inc()
 
     def stopped(self) -> None:
         """The monitor ends in good order."""
@@ -189,8 +203,7 @@ class FleetMetrics(Collector):
         expected: collections.Counter[tuple[str, ...]] = collections.Counter()
         bringups: dict[str, list[EngineView]] = {}
         for engine in self._engines():
-            model = engine.labels.get("model", "")
-            group = (self._run, model, engine.labels.get("worker_type", ""))
+            group = self._group(engine.labels)
             key = (*group, engine.name)
             now_in = engine.state
             state |= {(*key, one): float(one is now_in) for one in EngineState}
@@ -199,7 +212,7 @@ class FleetMetrics(Collector):
             if engine.reason in EXHAUSTIONS:
                 exhausted[*key, engine.reason] = engine.state_since
             expected[group] += 1
-            bringups.setdefault(model, []).append(engine)
+            bringups.setdefault(group[1], []).append(engine)
         yield _gauge("engine_state", "1 for the state that the engine is in.", (*ENGINE, "state"), state)
         yield _gauge("engine_state_since_timestamp_seconds", "When the engine entered its state.", ENGINE, since)
         yield _gauge("engine_info", "The engine's actor.", (*ENGINE, "node", "actor_id", "incarnation"), info)
@@ -230,6 +243,10 @@ def _phase(engines: Sequence[EngineView]) -> str:
     if any(engine.state is EngineState.DEAD and not engine.ever_ready for engine in engines):
         return "failed"
     return "succeeded" if all(engine.ever_ready for engine in engines) else "in_progress"
+
+
+def _sink(listener: object) -> str:
+    return str(getattr(listener, "__name__", type(listener).__name__))
 
 
 def _reawait_result(outcome: Outcome) -> str:

@@ -47,6 +47,8 @@ class EngineMonitor:
         self.metrics = FleetMetrics(run, self.engines)
         """What Prometheus is told."""
         self._listeners: list[Listener] = [_log, self.metrics, *listeners]
+        for listener in self._listeners:
+            self.metrics.expect_listener(listener)
 
     def adopt(
         self, handle: ActorHandle[Any], *, name: str, launch: str = "init", probe: Probe | None = None, **labels: object
@@ -89,6 +91,7 @@ class EngineMonitor:
             if namesake is not None:
                 self._engines.pop(namesake.actor_id, None)
             self._events.append(record.first_step())
+        self.metrics.expect_calls(texts, launch)
         self._deliver()
         return engine
 
@@ -97,9 +100,10 @@ class EngineMonitor:
 
         The actor is not touched. Its name and its actor may be adopted again. Releasing twice does nothing.
         """
-        engine.step(Reason.RELEASED)
         with self._lock:
-            self._engines.pop(engine.actor_id, None)
+            engine.step(Reason.RELEASED)
+            if self._engines.get(engine.actor_id) is engine:  # else its actor was adopted again
+                del self._engines[engine.actor_id]
             if self._by_name.get(engine.name) is engine:
                 del self._by_name[engine.name]
         self._deliver()
@@ -145,6 +149,7 @@ class EngineMonitor:
 
     def add_listener(self, listener: Listener) -> None:
         """Have `listener` called with every event from now on."""
+        self.metrics.expect_listener(listener)
         self._listeners.append(listener)
 
     def serve_metrics(self, port: int, addr: str = "127.0.0.1") -> MetricsServer:

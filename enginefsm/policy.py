@@ -67,7 +67,7 @@ class RetryPolicy:
         """Seconds to wait before resubmission number `attempt`, which counts from 1."""
         # In logarithms, since the power of a large attempt overflows.
         grown = math.log(self.base_s) + (attempt - 1) * math.log(self.factor)
-        longest = self.cap_s if grown >= math.log(self.cap_s) else math.exp(grown)
+        longest = self.cap_s if grown >= math.log(self.cap_s) else min(self.cap_s, math.exp(grown))
         return longest if self.jitter == "none" else random.uniform(min(FLOOR_S, longest), longest)
 
 

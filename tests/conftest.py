@@ -77,12 +77,6 @@ def cluster(clusters):
     clusters.use()
 
 
-@pytest.fixture
-def hasty_cluster(clusters):
-    """Ray that does not wait for the news of a death, and calls the actor unavailable first."""
-    clusters.use(RAY_timeout_ms_task_wait_for_death_info="0")
-
-
 class Fleet:
     """Engines of a test, and what their monitor told."""
 
@@ -179,8 +173,20 @@ def policy():
 
 
 @pytest.fixture
-def fleet(tmp_path, policy, request):
-    request.getfixturevalue("hasty_cluster" if "hasty_cluster" in request.fixturenames else "cluster")
-    fleet = Fleet(tmp_path, policy)
-    yield fleet
-    fleet.close()
+def make_fleet(tmp_path, policy):
+    """For a test that has chosen its cluster: `make_fleet()` gives its fleet."""
+    made = []
+
+    def make():
+        made.append(Fleet(tmp_path, policy))
+        return made[-1]
+
+    yield make
+    for fleet in made:
+        fleet.close()
+
+
+@pytest.fixture
+def fleet(cluster, make_fleet):
+    """Engines on Ray as it comes."""
+    return make_fleet()

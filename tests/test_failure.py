@@ -38,7 +38,9 @@ def test_a_killed_engine_fails_the_bringup_by_name_while_others_still_launch(fle
     assert fleet.metric("enginefsm_bringup_phase", model="tiny", phase="failed") == 1
 
 
-def test_a_killed_engine_that_ray_first_calls_unavailable_is_dead_one_probe_later(hasty_cluster, fleet):
+def test_a_killed_engine_that_ray_first_calls_unavailable_is_dead_one_probe_later(clusters, make_fleet):
+    clusters.use(RAY_timeout_ms_task_wait_for_death_info="0")
+    fleet = make_fleet()
     rig = fleet.launch()
     launch = fleet.in_background(rig.engine.init.remote())
     killed(rig)
@@ -118,8 +120,7 @@ def test_a_restarted_actor_is_a_dead_engine_and_its_init_is_not_run_again(fleet)
     os.kill(before, signal.SIGKILL)
     wait_until(lambda: rig.pid != before, what="the restart")
     with pytest.raises(ActorDiedError):
-        while True:  # Ray may say that it is unavailable, or restarting, first
-            fleet.monitor.get(rig.engine.times_init_ran.remote(), timeout=60)
+        fleet.monitor.get(rig.engine.times_init_ran.remote(), timeout=60)
     assert (rig.engine.state, rig.engine.reason) == (DEAD, Reason.ACTOR_DIED)
     assert rig.times_init_began() == 1
 
@@ -186,7 +187,7 @@ def test_a_frozen_engine_runs_into_the_launch_deadline_which_names_all_that_stil
 
 def test_resources_that_nobody_has_are_waited_for_until_the_caller_has_enough(fleet):
     rig = fleet.launch(resources={"no such thing": 1})
-    with pytest.raises(GetTimeoutError, match="engine-0.*launching"):
+    with pytest.raises(GetTimeoutError, match=r"engine-0.*launching"):
         fleet.monitor.get(rig.engine.init.remote(), timeout=0.5)
     assert rig.engine.state is LAUNCHING
 
@@ -213,7 +214,5 @@ def test_a_listener_that_raises_costs_the_bringup_nothing(fleet, caplog):
     rig = fleet.launch()
     rig.open()
     assert fleet.monitor.get(rig.engine.init.remote()) == "launched"
-    assert fleet.metric("enginefsm_export_errors_total", sink="broken") is None  # it has no run; see below
-    value = fleet.monitor.metrics.registry.get_sample_value("enginefsm_export_errors_total", {"sink": "broken"})
-    assert value == len(fleet.events) - 0
+    assert fleet.metric("enginefsm_export_errors_total", sink="broken") == len(fleet.events)
     assert "disk full" in caplog.text

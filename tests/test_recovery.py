@@ -38,7 +38,10 @@ def test_a_healthy_engine_is_launched_and_nothing_else_is_said(fleet):
     rig.open()
     assert fleet.monitor.get(rig.engine.init.remote(value=7)) == 7
     assert fleet.steps(rig.engine) == [LAUNCHED, (LAUNCHING, READY, Reason.INIT_SUCCEEDED)]
-    assert fleet.metric("enginefsm_reawaits_total", model="tiny", worker_type="regular", method="init", result="answered") == 0
+    assert (
+        fleet.metric("enginefsm_reawaits_total", model="tiny", worker_type="regular", method="init", result="answered")
+        == 0
+    )
 
 
 def test_a_cut_before_init_runs_costs_nothing(fleet):
@@ -117,7 +120,9 @@ def test_two_cuts_in_one_launch_cost_nothing(fleet):
     rig.open()
     assert launch.result(60) == "launched"
     assert fleet.steps(rig.engine) == [LAUNCHED, LOST, BACK]
-    assert [each.outcome for each in fleet.outcomes(rig.engine)] == [Outcome.ACTOR_UNAVAILABLE] * 2 + [Outcome.SUCCEEDED]
+    assert [each.outcome for each in fleet.outcomes(rig.engine)] == [Outcome.ACTOR_UNAVAILABLE] * 2 + [
+        Outcome.SUCCEEDED
+    ]
     assert rig.times_init_began() == 1
 
 
@@ -162,7 +167,10 @@ def test_an_engine_without_enginefsm_in_its_environment_recovers(fleet):
     fleet.wait_for_state(rig.engine, UNAVAILABLE)
     rig.open()
     assert launch.result(60) == "launched"
-    assert fleet.monitor.get([rig.engine.can_import_enginefsm.remote(), rig.engine.times_init_ran.remote()]) == [False, 1]
+    assert fleet.monitor.get([rig.engine.can_import_enginefsm.remote(), rig.engine.times_init_ran.remote()]) == [
+        False,
+        1,
+    ]
 
 
 def test_an_engine_that_answers_another_call_is_launching_again(fleet):
@@ -246,9 +254,10 @@ def test_a_frozen_engine_that_thaws_answers_as_if_nothing_had_been(fleet):
     rig = fleet.launch()
     call = rig.engine.init.remote()
     rig.wait_for("begun")
-    with chaos.freeze(rig.pid), pytest.raises(GetTimeoutError):
+    with chaos.freeze(rig.pid):
         rig.open()
-        fleet.monitor.get(call, timeout=2)
+        with pytest.raises(GetTimeoutError):
+            fleet.monitor.get(call, timeout=2)
     assert fleet.monitor.get(call) == "launched"
     assert fleet.steps(rig.engine) == [LAUNCHED, (LAUNCHING, READY, Reason.INIT_SUCCEEDED)]
 

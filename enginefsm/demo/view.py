@@ -1,0 +1,193 @@
+"""What is seen of a bringup: a live table on a terminal, a line for each event elsewhere, and a summary after both."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Protocol, Self
+
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from enginefsm import EngineState, Event, MonitoredEngine, Transition
+from enginefsm.demo.board import Board, Life
+from enginefsm.demo.faults import Injection
+
+_STYLES = {
+    EngineState.LAUNCHING: "yellow",
+    EngineState.READY: "green",
+    EngineState.UNAVAILABLE: "bold magenta",
+    EngineState.DEAD: "bold red",
+}
+_REFRESHES_PER_S = 8
+_LINES_AROUND_TABLE = 8
+
+
+class View(Protocol):
+    """Shows a bringup while it runs. All but entering and leaving it may be called from any thread."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def note(self, text: str, style: str = "") -> None:
+        """Say something at this moment."""
+
+    def failure(self, error: Exception) -> None:
+        """Show what `get` raised."""
+
+    def event(self, event: Event) -> None:
+        """Show an event of the monitor."""
+
+    def injected(self, injection: Injection) -> None:
+        """Show a fault."""
+
+
+class Lines:
+    """A line for each event."""
+
+    def __init__(self, console: Console, clock_s: Callable[[], float]) -> None:
+        self._console = console
+        self._clock_s = clock_s
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def note(self, text: str, style: str = "") -> None:
+        """Print it, with the time."""
+        self._console.print(Text(f"{self._clock_s():6.1f} s  {text}", style), soft_wrap=True)
+
+    def failure(self, error: Exception) -> None:
+        """Print what the last lines of its traceback are."""
+        self.note("get() raised, as the job would see it:", "bold red")
+        for line in _as_seen(error):
+            self._console.print(Text(f"          | {line}", "red"), soft_wrap=True)
+
+    def event(self, event: Event) -> None:
+        """Print a step of an engine."""
+        if isinstance(event, Transition):
+            title = Life(event.engine, event.incarnation).title
+            step = f"{event.from_state} -> {event.to_state}" if event.from_state else event.to_state
+            self.note(f"{title}: {step} ({event.reason})", _STYLES[event.to_state])
+
+    def injected(self, injection: Injection) -> None:
+        """Print a fault."""
+        self.note(f"{injection.fault.engine}: * {injection.what}", "bold")
+
+
+class LiveTable(Lines):
+    """A table that is redrawn in place; faults and failures scroll by above it."""
+
+    def __init__(
+        self,
+        console: Console,
+        clock_s: Callable[[], float],
+        board: Board,
+        engines: Callable[[], Sequence[MonitoredEngine]],
+        caption: str,
+    ) -> None:
+        super().__init__(console, clock_s)
+        self._board = board
+        self._engines = engines
+        self._caption = caption
+        self._live = Live(
+            get_renderable=self._draw, console=console, refresh_per_second=_REFRESHES_PER_S, transient=True
+        )
+
+    def __enter__(self) -> Self:
+        self._live.start(refresh=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def event(self, event: Event) -> None:
+        """Leave it to the table."""
+
+    def _draw(self) -> Group:
+        engines = sorted(self._engines(), key=lambda engine: engine.name)
+        up = sum(engine.state is EngineState.READY for engine in engines)
+        title = Text.assemble(("enginefsm demo", "bold"), f"  {up} of {len(engines)} ready  {self._clock_s():.1f} s")
+        room = max(1, self._console.height - _LINES_AROUND_TABLE)
+        hidden = 0
+        if len(engines) > room:
+            # What is ready is of least interest.
+            shown = sorted(engines, key=lambda engine: engine.state is EngineState.READY)[:room]
+            hidden = len(engines) - len(shown)
+            engines = sorted(shown, key=lambda engine: engine.name)
+        more = [Text(f" and {hidden} more", "dim")] if hidden else []
+        return Group(title, self._table(engines), *more, Text(self._caption, "dim"))
+
+    def _table(self, engines: Sequence[MonitoredEngine]) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, expand=True, pad_edge=False)
+        for header, justify, ratio in (
+            ("engine", "left", None),
+            ("state", "left", None),
+            ("for", "right", None),
+            ("tries", "right", None),
+            ("reason", "left", None),
+            ("faults injected", "left", 1),
+        ):
+            table.add_column(header, justify=justify, ratio=ratio, no_wrap=True)  # type: ignore[arg-type]
+        now = time.time()
+        for engine in engines:
+            life, state = self._board.life(engine.name, engine.incarnation), engine.state
+            table.add_row(
+                life.title,
+                Text(state, _STYLES[state]),
+                f"{max(0.0, now - engine.state_since):.1f} s",
+                str(life.attempts),
+                engine.reason,
+                _faults(life),
+            )
+        return table
+
+
+def summarize(console: Console, lives: Sequence[Life], heading: str, came_up: bool) -> bool:
+    """Print what was injected and what came of it; says whether all is as it should be."""
+    console.print(Text(heading, "bold"), soft_wrap=True)
+    title_width = max((len(life.title) for life in lives), default=0)
+    faults_width = max((len(_faults(life)) for life in lives), default=0)
+    for life in lives:
+        line = f"  {life.title:{title_width}}  {_faults(life):{faults_width}}  {_outcome(life)}"
+        console.print(Text(line, "" if life.is_as_it_should_be else "bold red"), soft_wrap=True)
+    wrong = [life for life in lives if not life.is_as_it_should_be]
+    if came_up and not wrong:
+        dead = sum(life.was_killed for life in lives)
+        died = f" {dead} was killed, failed the bringup at once, and was replaced." if dead else ""
+        text = f"All as it should be: {len(lives) - dead} engines came up, and init ran once in each.{died}"
+        console.print(Text(text, "bold green"), soft_wrap=True)
+        return True
+    names = ", ".join(life.title for life in wrong) or "the bringup failed"
+    console.print(Text(f"Not as it should be: {names}.", "bold red"), soft_wrap=True)
+    return False
+
+
+def _faults(life: Life) -> str:
+    marks = [
+        (f"{each.fault.kind} {each.at_s:.1f} s" if each.hit else f"{each.fault.kind} missed") for each in life.injections
+    ]
+    return ", ".join(marks) or "-"
+
+
+def _outcome(life: Life) -> str:
+    if life.dead_because is not None:
+        return f"dead after {life.dead_after_s:.1f} s: {life.dead_because}"
+    if life.ready_after_s is None:
+        return "not ready"
+    ran = {None: "", 1: ", init ran once"}.get(life.inits, f", init ran {life.inits} times")
+    tries = "1 try" if life.attempts == 1 else f"{life.attempts} tries"
+    return f"ready after {life.ready_after_s:.1f} s, {tries}{ran}"
+
+
+def _as_seen(error: Exception) -> list[str]:
+    return [line for text in traceback.format_exception_only(error) for line in text.rstrip("\n").split("\n")]
