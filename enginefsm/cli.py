@@ -82,7 +82,7 @@ def _add_demo(subparsers: Subparsers) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--model", type=Path, default=argparse.SUPPRESS, metavar="PATH",
-        help="the directory of the model that sglang serves (default: a tiny one with random weights, made for the run)",
+        help="the directory of the model that sglang serves (default: a tiny one is made, with random weights)",
     )  # fmt: skip
     parser.add_argument("--metrics-port", type=int, default=0, metavar="PORT", help="for /metrics; 0 takes a free one")
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from enginefsm.outcomes import Outcome
 from enginefsm.states import Transition
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class CallOutcome:
+class CallOutcome(NamedTuple):
     """One submission of a call was answered, or failed."""
 
     engine: str

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import logging
 import re
+import sys
 import threading
 import time
 from pathlib import Path
@@ -224,7 +225,7 @@ test_a_dead_engine_stays_dead_whatever_is_said_of_it = WhateverIsSaidOfAnEngine.
 
 
 def in_two_threads(*tasks):
-    """Run the two tasks at once."""
+    """Run the tasks at once, each interrupted by the other as often as Python can."""
     start, errors = threading.Barrier(len(tasks)), []
 
     def run(task):
@@ -235,11 +236,16 @@ def in_two_threads(*tasks):
             errors.append(error)
 
     threads = [threading.Thread(target=run, args=(task,), daemon=True) for task in tasks]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(10)
-        assert not thread.is_alive()
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+            assert not thread.is_alive()
+    finally:
+        sys.setswitchinterval(interval_s)
     for error in errors:
         raise error
 
@@ -307,7 +313,7 @@ class Owner:
         elif deed == "kill" and present:
             present.step(Reason.ACTOR_DIED)
         elif deed == "release" and present:
-            self.monitor.release(self.former.setdefault(name, present))
+            self.monitor.release(present)
             self.former[name] = self.present.pop(name)
         elif deed == "release again" and former:
             self.monitor.release(former)

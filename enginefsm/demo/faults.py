@@ -41,7 +41,9 @@ class Injector:
 
     def begin(self, engine: MonitoredEngine, pid: int, faults: tuple[Fault, ...]) -> None:
         """Inject `faults` into the engine's process `pid`, from now on."""
-        thread = threading.Thread(target=self._run, args=(engine, pid, faults), name=f"faults-{engine.name}", daemon=True)
+        thread = threading.Thread(
+            target=self._run, args=(engine, pid, faults), name=f"faults-{engine.name}", daemon=True
+        )
         self._threads.append(thread)
         thread.start()
 
