@@ -129,7 +129,9 @@ CRASH = NodeDeathInfo(reason=NodeDeathInfo.UNEXPECTED_TERMINATION)
         pytest.param(raised_by_constructor(), O.CONSTRUCTOR_FAILED, id="constructor"),
         pytest.param(raised_by_constructor(PEER), O.METHOD_FAILED, id="a peer's constructor"),
         pytest.param(raised_by_method(heard_of_death(PEER)), O.METHOD_FAILED, id="a peer's death inside the method"),
-        pytest.param(raised_by_method(heard_of_death(MINE)), O.METHOD_FAILED, id="its own death, told by the engine itself"),
+        pytest.param(
+            raised_by_method(heard_of_death(MINE)), O.METHOD_FAILED, id="its own death, told by the engine itself"
+        ),
         pytest.param(
             raised_by_method(rx.ActorUnavailableError("cut", PEER.binary())),
             O.METHOD_FAILED,

@@ -54,7 +54,9 @@ def record_in(state=LAUNCHING, now=0.0):
     return record
 
 
-@pytest.mark.parametrize(("state", "reason"), list(itertools.product(EngineState, sorted(set(Reason) - {Reason.LAUNCHED}))))
+@pytest.mark.parametrize(
+    ("state", "reason"), list(itertools.product(EngineState, sorted(set(Reason) - {Reason.LAUNCHED})))
+)
 def test_a_record_moves_along_the_edges_of_the_design_and_no_other(state, reason):
     record = record_in(state)
 

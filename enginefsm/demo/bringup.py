@@ -24,12 +24,14 @@ class Bringup:
     def __init__(
         self,
         monitor: EngineMonitor,
+        model: str,
         start_actor: Callable[[EnginePlan], ActorHandle[Any]],
         injector: Injector,
         board: Board,
         view: View,
     ) -> None:
         self._monitor = monitor
+        self._model = model
         self._start_actor = start_actor
         self._injector = injector
         self._board = board
@@ -66,7 +68,7 @@ class Bringup:
             self._injector.begin(engine, pid, plan.faults)
 
     def _adopt(self, plan: EnginePlan) -> MonitoredEngine:
-        engine = self._monitor.adopt(self._start_actor(plan), name=plan.name, worker_type="regular")
+        engine = self._monitor.adopt(self._start_actor(plan), name=plan.name, model=self._model, worker_type="regular")
         self._engines[plan.name] = engine
         return engine
 

@@ -103,4 +103,6 @@ class Injector:
         return True
 
     def _tell(self, engine: MonitoredEngine, fault: Fault, what: str, *, hit: bool = True) -> None:
+        if not hit and self._stop.is_set():
+            return
         self._report(Injection(fault, engine.incarnation, self._clock_s(), hit, what))

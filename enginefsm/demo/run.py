@@ -61,10 +61,9 @@ class _Demo:
         policy = RetryPolicy(launch_deadline_s=_LAUNCH_DEADLINE_S[options.engine])
         self._monitor = EngineMonitor("demo", policy, [self._board])
         self._began_at = time.monotonic()
-        kinds = ", ".join(options.faults) or "none"
-        self._heading = (
-            f"enginefsm demo: {options.engines} {options.engine} engines, faults: {kinds}, seed {options.seed}"
-        )
+        engines = f"{options.engines} {options.engine} engine{'s' if options.engines > 1 else ''}"
+        faults = ", ".join(options.faults) or "none"
+        self._heading = f"enginefsm demo: {engines}, faults: {faults}, seed {options.seed}"
 
     def run(self) -> bool:
         with closing(_serve_metrics(self._monitor, self._options.metrics_port)) as server:
@@ -100,7 +99,7 @@ class _Demo:
         injector = Injector(self._clock_s, report)
         try:
             with view:
-                return Bringup(self._monitor, start, injector, self._board, view).run(plans)
+                return Bringup(self._monitor, Path(model).name, start, injector, self._board, view).run(plans)
         finally:
             injector.stop()
 
@@ -115,7 +114,7 @@ class _Demo:
         if self._options.model is not None:
             return str(self._options.model.resolve())
         say(self._console, "making a tiny model with random weights")
-        return _make_tiny_model(self._directory / "model")
+        return _make_tiny_model(self._directory / "tiny-gpt2")
 
     def _clock_s(self) -> float:
         return time.monotonic() - self._began_at

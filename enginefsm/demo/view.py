@@ -178,7 +178,8 @@ def summarize(console: Console, lives: Sequence[Life], heading: str, came_up: bo
         return False
     if killed:
         say(console, f"{', '.join(killed)} was killed: get() named it at once, and it was replaced.")
-    say(console, f"All {len(lives) - len(killed)} engines came up, and init ran once in each.", "bold green")
+    count = len(lives) - len(killed)
+    say(console, f"{count} of {count} engines came up and answer; init ran once in each.", "bold green")
     return True
 
 
@@ -201,4 +202,5 @@ def _outcome(life: Life) -> str:
 
 
 def _as_seen(error: Exception) -> str:
-    return "".join(traceback.format_exception_only(error)).rstrip("\n")
+    # Ray colours its own, for a terminal that it takes for granted.
+    return Text.from_ansi("".join(traceback.format_exception_only(error))).plain.rstrip("\n")

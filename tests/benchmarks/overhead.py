@@ -20,7 +20,7 @@ import ray
 from ray.exceptions import ActorDiedError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import local_ray
+from clusters import local_ray
 
 import enginefsm
 from enginefsm import Outcome
