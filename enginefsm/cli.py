@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     Subparsers = _SubParsersAction["_Parser"]
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
-"""Exit codes. 130 is what shells give a command that SIGINT ended."""
+"""Exit codes. 130 is what shells give a command that Ctrl-C ended."""
 
 
 class UsageError(Exception):

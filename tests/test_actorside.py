@@ -93,6 +93,10 @@ def threads(engine):
     with ThreadPoolExecutor(10) as pool:
         yield pool
         engine.gate.set()
+        if BOOK in engine.__dict__:
+            changed = engine.__dict__[BOOK]["changed"]
+            with changed:
+                changed.notify_all()
 
 
 @pytest.fixture

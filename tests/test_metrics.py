@@ -445,6 +445,31 @@ def test_events_of_two_threads_come_one_at_a_time_all_of_them_and_each_engines_i
         ]
 
 
+def test_an_event_that_comes_while_a_delivery_ends_is_not_left_behind(monitor, monkeypatch):
+    heard = []
+
+    class Delivering:
+        """The lock of deliveries; as the first one gives it back, another thread brings an event."""
+
+        def __init__(self):
+            self.lock, self.brings = threading.Lock(), ["late"]
+
+        def acquire(self, blocking):
+            return self.lock.acquire(blocking)
+
+        def release(self):
+            while self.brings:
+                with ThreadPoolExecutor(1) as thread:
+                    thread.submit(monitor.adopt, bare_handle(), name=self.brings.pop()).result(10)
+            self.lock.release()
+
+    monitor.add_listener(heard.append)
+    monkeypatch.setattr(monitor, "_delivering", Delivering())
+    monitor.adopt(bare_handle(), name="first")
+
+    assert [event.engine for event in heard] == ["first", "late"]
+
+
 def test_the_module_serves_the_metrics_of_the_processs_monitor(monkeypatch):
     monkeypatch.setattr(enginefsm, "_monitor", None)
     monitor = enginefsm.configure(run="glm-rl")

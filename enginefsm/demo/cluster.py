@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import NoReturn
 
 import psutil
 import ray
@@ -47,7 +45,7 @@ def local_ray() -> Iterator[None]:
                 _node_ip_address="127.0.0.1",
             )
         # Ray's own handler aborts the process, and leaves its engines to find out.
-        signal.signal(signal.SIGTERM, _exit)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         yield
     finally:
         with _sigint_held():
@@ -66,10 +64,6 @@ def _end() -> None:
 
 def _drop(*_: object, **__: object) -> None:
     pass
-
-
-def _exit(number: int, _: object) -> NoReturn:
-    sys.exit(128 + number)
 
 
 @contextmanager
