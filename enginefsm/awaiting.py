@@ -198,7 +198,7 @@ class Await:
                 return None
             if engine.step(Reason.RETRY_EXHAUSTED) or engine.reason is Reason.RETRY_EXHAUSTED:
                 exception = _exhausted(one, exception, self._policy)
-        one.settle(answered=False)
+        one.settle(answered=outcome is Outcome.METHOD_FAILED)
         return _noted(one, exception)
 
     def _not_launched_yet(self, one: PlainRef) -> Exception | None:

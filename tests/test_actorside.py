@@ -107,8 +107,8 @@ def changed(engine):
     return changed
 
 
-def call(actor, method, *args, number=0, attempt=0, settled=(0, ()), caller="me", **kwargs):
-    header = (caller, number, attempt, settled, method, tuple(kwargs))
+def call(actor, method, *args, number=0, attempt=0, settled=(0, ()), caller="me", answered=False, **kwargs):
+    header = (caller, number, attempt, answered, settled, method, tuple(kwargs))
     return run_once(actor, header, *args, *kwargs.values())
 
 
@@ -370,7 +370,7 @@ def test_keywords_reach_the_method_whatever_their_names(engine):
     given = {name: name.upper() for name in names}
     engine.take = lambda *args, **kwargs: (args, kwargs)
 
-    header = ("me", 0, 0, (0, ()), "take", tuple(given))
+    header = ("me", 0, 0, False, (0, ()), "take", tuple(given))
     assert enter(cloudpickle.dumps(run_once), header, engine, 1, 2, *given.values()) == ((1, 2), given)
 
 
@@ -382,7 +382,7 @@ def test_an_unknown_method_is_an_attribute_error(engine):
 def test_a_restarted_actor_says_so_to_whoever_knew_the_old_one(engine, actor_was_restarted):
     actor_was_restarted.value = True
 
-    for known in ({"attempt": 1}, {"number": 1, "settled": (1, ())}, {"number": 1, "settled": (0, (1,))}):
+    for known in ({"attempt": 1}, {"number": 1, "answered": True}):
         with pytest.raises(RuntimeError, match=RESTARTED):
             call(engine, "work", **known)
     assert engine.runs == []
@@ -443,7 +443,7 @@ def test_an_actor_may_pickle_and_copy_itself_and_what_is_remembered_stays_behind
         copied = pickle.loads(made) if isinstance(made, bytes) else made
         assert not copied.__dict__[BOOK]
 
-        code, header = cloudpickle.dumps(run_once), ("other", 0, 0, (0, ()), "name", ())
+        code, header = cloudpickle.dumps(run_once), ("other", 0, 0, False, (0, ()), "name", ())
         assert enter(code, header, copied) == "an actor"
         assert call(actor, method, number=number, attempt=1) is made
 

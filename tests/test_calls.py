@@ -183,7 +183,7 @@ def test_a_call_is_submitted_when_it_is_made(engine):
 
     ((code, header, values),) = sent(engine)
     assert code is not None
-    assert header == (engine.ledger.header()[0], 0, 0, (0, ()), "init", ("port",))
+    assert header == (engine.ledger.header()[0], 0, 0, False, (0, ()), "init", ("port",))
     assert values == [1, 30000]
     assert engine.handle.options_given == [{"name": "SGLangEngine.init"}]
     assert (call.attempt, call.launches) == (0, True)
@@ -255,7 +255,7 @@ def test_the_next_call_tells_the_actor_which_calls_are_settled_or_forgotten(engi
     kept.settle(answered=True)
     calls.append(make_call(engine))
 
-    assert [header[3] for _, header, _ in sent(engine)] == [(0, ()), (0, ()), (0, (1,)), (2, ())]
+    assert [header[4] for _, header, _ in sent(engine)] == [(0, ()), (0, ()), (0, (1,)), (2, ())]
 
 
 def test_what_a_call_costs_on_the_way_does_not_grow_with_the_code_once_it_is_known(engine):

@@ -120,7 +120,7 @@ class LiveTable(Lines):
         """Leave it to the table."""
 
     def _draw(self) -> Group:
-        engines = sorted(self._engines(), key=lambda engine: engine.name)
+        engines = sorted(self._engines(), key=_place)
         up = sum(engine.state is EngineState.READY for engine in engines)
         title = Text.assemble(("enginefsm demo", "bold"), f"  {up} of {len(engines)} ready  {self._clock_s():.1f} s")
         room = max(1, self._console.height - _LINES_AROUND_TABLE)
@@ -129,7 +129,7 @@ class LiveTable(Lines):
             # What is ready is of least interest.
             shown = sorted(engines, key=lambda engine: engine.state is EngineState.READY)[:room]
             hidden = len(engines) - len(shown)
-            engines = sorted(shown, key=lambda engine: engine.name)
+            engines = sorted(shown, key=_place)
         more = [Text(f" and {hidden} more", "dim")] if hidden else []
         return Group(title, self._table(engines), *more, Text(self._caption, "dim"))
 
@@ -199,6 +199,10 @@ def _outcome(life: Life) -> str:
     ran = {None: "", 1: ", init ran once"}.get(life.inits, f", init ran {life.inits} times")
     tries = "1 try" if life.attempts == 1 else f"{life.attempts} tries"
     return f"ready after {life.ready_after_s:.1f} s, {tries}{ran}"
+
+
+def _place(engine: MonitoredEngine) -> tuple[int, str]:
+    return len(engine.name), engine.name  # engine-2 before engine-10
 
 
 def _as_seen(error: Exception) -> str:
