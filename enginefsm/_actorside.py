@@ -1,15 +1,17 @@
 """What runs inside the engine's actor: a call that runs once, however often it is submitted.
 
 These functions are shipped by value to actors whose environment has no enginefsm, so this file imports the standard
-library and nothing of enginefsm, and the book that it keeps on the actor is made of plain containers: another
-monitor may bring another release of this file.
+library and nothing of enginefsm, and the book that it keeps in the actor's process is made of plain containers:
+another monitor may bring another release of this file.
 
-The book, on the actor instance under `BOOK`:
+The book of an actor:
+    actor      the actor instance; a process of Ray's holds one, a test's may hold several
     run        `run_once`, as the first caller brought it
     changed    a condition around everything below
     callers    {caller: page}, where a caller is one monitor that adopted this actor, and a page is
         below      every call with a lower number is settled: its caller has the outcome and will not ask again
         unseen     those of them that have not come yet: given up on the way, they run once all the same
+        late       whether Ray had restarted the actor by the time the caller first came to this process
         seen_at    when the caller was last heard of
         calls      {number: entry} of those not below
         ended      the entries in the order in which they ended, for dropping the oldest
@@ -21,17 +23,21 @@ from __future__ import annotations
 
 import collections
 import pickle
+import sys
 import threading
 import time
 import traceback
+import types
 from typing import Any
 
 Header = tuple[str, int, int, bool, tuple[int, tuple[int, ...]], str, tuple[str, ...]]
 """Caller, number and attempt of the call; whether the actor has answered the caller before; what the caller has
 settled; the method, and the names of its keywords."""
 
-BOOK = "_enginefsm_book_1"  # the number is that of the layout above
-MAX_OUTCOMES = 1000  # held for one caller; past it the oldest is dropped
+# Where the books are: not on the actor, which may restore, copy or pickle its own state. The number is that of the
+# layout of the book and of the header.
+SHELF = "_enginefsm_books_1"
+MAX_OUTCOMES = 10_000  # held for one caller; past it the oldest is dropped
 MAX_AGE_S = 3600.0  # an outcome not asked for in so long is dropped; a caller so long silent, with no call open, too
 RESTARTED = "enginefsm: this actor was restarted, and the earlier process took the call with it"
 DROPPED = "enginefsm: the outcome of this call is no longer remembered"
@@ -43,28 +49,20 @@ _STATUS, _VALUE, _ENDED_AT, _ATTEMPT = range(4)
 def enter(code: bytes | None, header: Header, actor: Any, *values: Any) -> Any:
     """Run `run_once`, of which `code` is a pickle.
 
-    It is unpickled once an actor, and no longer sent once the actor has answered its caller: an actor that then
-    does not have it is a new process.
+    It is unpickled once an actor, and no longer sent once the actor has answered its caller: a process that then
+    does not have it is a new one.
     """
-    book = actor.__dict__.get(BOOK)
-    if book:  # else there is none, or the empty copy in a state that the actor restored
-        run = book["run"]
-    elif code is not None:
-        run = pickle.loads(code)  # noqa: S301  as Ray unpickles what it is sent
-    else:
-        raise RuntimeError(RESTARTED)
-    return run(actor, header, *values)
+    books = sys.modules.setdefault(SHELF, types.ModuleType(SHELF)).__dict__.setdefault("books", {})
+    book = books.setdefault(id(actor), {"actor": actor})
+    if "run" not in book:
+        if code is None:
+            raise RuntimeError(RESTARTED)
+        book["run"] = pickle.loads(code)  # noqa: S301  as Ray unpickles what it is sent
+    return book["run"](book, header, *values)
 
 
-class _Book(dict[str, Any]):
-    """Stays behind, locks and outcomes with it, when the actor copies or pickles itself: for a child process, say."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return dict, ()
-
-
-def run_once(actor: Any, header: Header, *values: Any) -> Any:
-    """Run a method of `actor` under its call's number, or give the outcome that it had.
+def run_once(book: dict[str, Any], header: Header, *values: Any) -> Any:
+    """Run a method of the book's actor under its call's number, or give the outcome that it had.
 
     The last of `values` belong to the header's keywords: they travel by position, since Ray resolves references only
     at the top level, and a keyword of the method must not meet one of ours. A submission that finds the method
@@ -72,11 +70,9 @@ def run_once(actor: Any, header: Header, *values: Any) -> Any:
     threads. What a superseded attempt returns reaches nobody.
     """
     caller, number, attempt, answered, settled, method, keywords = header
-    book = actor.__dict__.setdefault(BOOK, _Book())
-    book.setdefault("run", run_once)
-    callers, changed = book.setdefault("callers", {}), book.setdefault("changed", threading.Condition())
+    changed = book.setdefault("changed", threading.Condition())
     with changed:
-        page = _page(callers, caller, settled[0], came_before=answered or attempt > 0)
+        page = _page(book.setdefault("callers", {}), caller, settled[0], came_before=answered or attempt > 0)
         _settle(page, *settled)
         changed.notify_all()  # whoever waits for a call that was given up may go
         _drop_oldest(page)
@@ -87,6 +83,8 @@ def run_once(actor: Any, header: Header, *values: Any) -> Any:
             page["unseen"].discard(number)
             if number < page["below"] and not given_up:
                 return None  # a late duplicate of a settled call
+            if attempt > 0 and page["late"]:
+                raise RuntimeError(RESTARTED)  # its first attempt may have begun in the earlier process
             entry = [_SETTLED if given_up else _RUNNING, None, 0.0, attempt]
             if number >= page["below"]:
                 page["calls"][number] = entry
@@ -101,7 +99,8 @@ def run_once(actor: Any, header: Header, *values: Any) -> Any:
     if runs_it:
         split = len(values) - len(keywords)
         try:
-            value = getattr(actor, method)(*values[:split], **dict(zip(keywords, values[split:], strict=True)))
+            run = getattr(book["actor"], method)
+            value = run(*values[:split], **dict(zip(keywords, values[split:], strict=True)))
         except BaseException as error:
             _forget_locals(error)
             _end(changed, page, entry, _RAISED, (error, error.__traceback__))
@@ -132,8 +131,9 @@ def _forget_locals(error: BaseException) -> None:
 def _page(callers: dict[str, Any], caller: str, below: int, came_before: bool) -> dict[str, Any]:
     now = time.monotonic()
     if caller not in callers:
+        late = _was_restarted()
         # Whoever has come to this actor before is in its book, unless the process is a new one.
-        if came_before and _was_restarted():
+        if came_before and late:
             raise RuntimeError(RESTARTED)
         for name, page in list(callers.items()):
             _drop_oldest(page)
@@ -143,15 +143,14 @@ def _page(callers: dict[str, Any], caller: str, below: int, came_before: bool) -
                 del callers[name]
         callers[caller] = {
             "below": max(0, below - MAX_OUTCOMES),  # no more than so many are taken for unseen
-            "unseen": set(), "seen_at": now, "calls": {}, "ended": collections.deque(), "held": 0,
+            "unseen": set(), "late": late, "seen_at": now, "calls": {}, "ended": collections.deque(), "held": 0,
         }  # fmt: skip
     callers[caller]["seen_at"] = now
     return callers[caller]  # type: ignore[no-any-return]
 
 
 def _was_restarted() -> bool:
-    import ray
-
+    ray = sys.modules["ray"]  # there is one in every actor; importing it elsewhere would start a cluster
     return bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
 

@@ -2,118 +2,76 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import ray
 from ray import ObjectRef
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import GetTimeoutError, RayError
 
-from enginefsm.calls import Call, says_restarted
+from enginefsm.calls import Awaited, PlainRef, says_dropped, says_restarted
 from enginefsm.engine import MonitoredEngine
 from enginefsm.errors import ActorRestartedError, LaunchDeadlineError, RetryExhaustedError
 from enginefsm.events import CallOutcome, Event
 from enginefsm.outcomes import Outcome, classify
-from enginefsm.policy import Outage, RetryPolicy
-from enginefsm.states import EngineState, Reason
+from enginefsm.policy import RetryPolicy
+from enginefsm.states import GIVEN_UP, EngineState, Reason
 
-SPENT_REFS_KEPT = 100  # an engine
 GATHER_S = 5e-6  # a reference
 MOST_GATHER_S = 0.01
-
-
-class PlainRef:
-    """A plain ObjectRef of an adopted actor. Once failed it stays so; a launch is then asked after by probes."""
-
-    def __init__(self, engine: MonitoredEngine, ref: ObjectRef[Any]) -> None:
-        self.engine = engine
-        # Ray does not tell which method a reference is of. While an engine launches, it is taken for the launch.
-        self.launches = engine.is_launching
-        self.method = engine.launch if self.launches else "(reference)"
-        self.submitted_at = time.monotonic()
-        self.attempt = 0
-        self.outage: Outage | None = None
-        self.attempts_in_outage = 0
-        self.resubmit_at: float | None = None
-        self.lock = threading.Lock()
-        self.probed_since: float | None = None
-        """Since when the engine answers probes, but does not say yet that it launched."""
-        self._given = ref
-        self._probe: Call | None = None
-
-    @property
-    def ref(self) -> ObjectRef[Any]:
-        """What to wait for: the reference given, or that of the newest probe."""
-        return self._given if self._probe is None else self._probe.ref
-
-    @property
-    def is_probe(self) -> bool:
-        """Whether what is waited for is a probe."""
-        return self._probe is not None
-
-    @property
-    def given(self) -> str:
-        """The id of the reference given."""
-        return str(self._given.hex())
-
-    def spend(self, *value: Any) -> None:
-        """Remember that the reference failed, and the value that a probe gave for it, if one did."""
-        spent = self.engine.spent_refs
-        spent[self.given] = value
-        while len(spent) > SPENT_REFS_KEPT:
-            spent.pop(next(iter(spent)), None)
-
-    def resubmit(self, now: float) -> None:
-        """Send a probe, if that is due."""
-        probe = self.engine.probe
-        if self.resubmit_at is None or self.resubmit_at > now or probe is None:
-            return
-        method = getattr(self.engine, probe) if isinstance(probe, str) else self.engine.__ray_call__
-        self._probe = method.remote() if isinstance(probe, str) else method.remote(probe)
-        self.attempt += 1
-        self.submitted_at = now
-        self.resubmit_at = None
-
-    def settle(self, *, answered: bool) -> None:
-        """Its outcome has arrived, from the actor or from Ray."""
-        if self._probe is not None:
-            self._probe.settle(answered=answered)
-
-
-Awaited = Call | PlainRef
+LOOK_S = 1.0  # how long a wait goes on before it looks whether another thread has given an engine up
 
 
 class Await:
     """One `get`. All that must outlive it, an interrupt or a timeout included, is kept by the calls and engines."""
 
-    def __init__(self, awaited: Iterable[Awaited], policy: RetryPolicy, emit: Callable[[Event], None]) -> None:
+    def __init__(
+        self,
+        awaited: Iterable[Awaited],
+        policy: RetryPolicy,
+        fleet: Callable[[], Iterable[MonitoredEngine]],
+        emit: Callable[[Event], None],
+    ) -> None:
         self._policy = policy
+        self._fleet = fleet
         self._emit = emit
         self._values: dict[Awaited, Any] = {}
         self._open = dict.fromkeys(awaited)
+        self._engines = {one.engine for one in self._open}
         self._watched: dict[ObjectRef[Any], list[Awaited]] = {}
         self._resting: list[Awaited] = []
         self._busy = True  # whether the last look found something
-        for one in self._open:
-            self._watch_or_rest(one)
+        for one in list(self._open):
+            one.take_up()
+            if isinstance(one, PlainRef) and one.recovered:
+                self._close(one, one.recovered[0])
+            else:
+                self._watch_or_rest(one)
 
     def run(self, timeout_s: float | None, deliver: Callable[[], None]) -> dict[Awaited, Any]:
-        """Wait for all. Calls `deliver` whenever engines may have moved, before anything is raised."""
-        give_up_at = None if timeout_s is None else time.monotonic() + timeout_s
+        """Wait for all. Calls `deliver` whenever engines may have moved."""
         try:
-            while self._open:
-                self._resubmit_due()
-                failures = [failure for failure in map(self._take, *self._ready(give_up_at)) if failure is not None]
-                if failures:
-                    raise failures[0]
-                self._check_launch_deadline()
-                if self._open and give_up_at is not None and time.monotonic() >= give_up_at:
-                    raise self._timed_out(timeout_s)
-                deliver()
+            return self._run(timeout_s, deliver)
         finally:
+            for one in self._open:
+                one.leave()
+
+    def _run(self, timeout_s: float | None, deliver: Callable[[], None]) -> dict[Awaited, Any]:
+        give_up_at = None if timeout_s is None else time.monotonic() + timeout_s
+        while self._open:
+            failure = self._given_up()
+            if failure is None:
+                self._resubmit_due()
+                failure = self._take_all(*self._ready(give_up_at)) or self._launch_deadline()
             deliver()
+            if failure is None and self._open and give_up_at is not None and time.monotonic() >= give_up_at:
+                failure = self._timed_out(timeout_s)
+            if failure is not None:
+                try:
+                    raise failure
+                finally:
+                    failure = None  # else the exception, by its traceback, keeps all of this alive
         return self._values
 
     def _watch_or_rest(self, one: Awaited) -> None:
@@ -126,7 +84,10 @@ class Await:
         now = time.monotonic()
         resting, self._resting = self._resting, []
         for one in resting:
-            one.resubmit(now)
+            try:
+                one.resubmit(now)
+            except RayError as error:  # Ray refuses to submit: too many calls are pending, say
+                raise _noted(one, error) from error.__cause__
             self._watch_or_rest(one)
 
     def _ready(self, give_up_at: float | None) -> tuple[list[ObjectRef[Any]], list[Any]]:
@@ -134,9 +95,9 @@ class Await:
         wake_at = [one.resubmit_at for one in self._resting if one.resubmit_at is not None]
         wake_at += [give_up_at] if give_up_at is not None else []
         wake_at += [deadline for deadline, _ in self._launch_deadlines()]
-        pause_s = max(0.0, min(wake_at) - time.monotonic()) if wake_at else None
+        pause_s = min(LOOK_S, max(0.0, min(wake_at) - time.monotonic())) if wake_at else LOOK_S
         if not self._watched:
-            time.sleep(pause_s or 0.0)
+            time.sleep(pause_s)
             return [], []
         refs = list(self._watched)
         # A look at many references costs about a microsecond each. With many open, those that come in soon after one
@@ -153,84 +114,76 @@ class Await:
         except Exception:  # noqa: BLE001  one of them failed: which, is asked of each
             return ready, [_outcome(ref) for ref in ready]
 
-    def _take(self, ref: ObjectRef[Any], value: Any) -> Exception | None:
-        """Take in the outcome of one reference; gives what is to be raised."""
-        for one in self._watched.pop(ref):
-            with one.lock:
-                if one.ref != ref or one.resubmit_at is not None:
-                    self._watch_or_rest(one)  # another thread has dealt with this failure
-                    continue
-                failure = (
-                    self._failed(one, value.exception) if isinstance(value, _Raised) else self._answered(one, value)
-                )
-            if failure is not None:
-                return failure
-        return None
+    def _take_all(self, refs: list[ObjectRef[Any]], values: list[Any]) -> Exception | None:
+        """Take in the outcomes of references; gives what is to be raised, if anything."""
+        failures = [
+            failure
+            for ref, value in zip(refs, values, strict=True)
+            for one in self._watched.pop(ref)
+            if (failure := self._take(one, ref, value)) is not None
+        ]
+        return failures[0] if failures else None
+
+    def _take(self, one: Awaited, ref: ObjectRef[Any], value: Any) -> Exception | None:
+        with one.lock:
+            if one.ref != ref or one.resubmit_at is not None:
+                self._watch_or_rest(one)  # another thread has dealt with this failure
+                return None
+            return self._failed(one, value.exception) if isinstance(value, _Raised) else self._answered(one, value)
 
     def _answered(self, one: Awaited, value: Any) -> Exception | None:
-        if isinstance(one, PlainRef) and one.is_probe and not value:
-            return self._not_launched_yet(one)
-        self._observe(one, Outcome.SUCCEEDED)
         if isinstance(one, PlainRef) and one.is_probe:
-            one.spend(value)
+            if not value:
+                self._not_launched_yet(one)
+                return None
+            one.recover(value)
+        self._observe(one, Outcome.SUCCEEDED)
         self._close(one, value)
         return None
 
     def _failed(self, one: Awaited, exception: Exception) -> Exception | None:
         engine = one.engine
-        if isinstance(one, PlainRef) and not one.is_probe and one.given in engine.spent_refs:
-            return self._spent(one, exception)
         outcome = classify(exception, engine.actor_id)
         if says_restarted(exception):
-            exception = _restarted(one, exception)
-            outcome = Outcome.ACTOR_DIED
-        if outcome is Outcome.TIMED_OUT:
-            self._watch_or_rest(one)
+            exception, outcome = _restarted(one, exception), Outcome.ACTOR_DIED
+        elif says_dropped(exception):
+            outcome = Outcome.CALL_LOST
+        if one.is_probe and outcome is Outcome.METHOD_FAILED:
+            self._not_launched_yet(one)
             return None
         self._observe(one, outcome)
         if outcome is Outcome.ACTOR_UNAVAILABLE:
             if isinstance(one, PlainRef) and not one.is_probe:
-                one.spend()
-                if not (one.launches and engine.probe is not None):
+                engine.lose(one)
+                if not one.can_be_probed:
                     return _noted(one, exception, _SEALED)
             if engine.state is not EngineState.DEAD and engine.plan_resubmission(self._policy, one):
                 self._resting.append(one)
                 return None
             if engine.step(Reason.RETRY_EXHAUSTED) or engine.reason is Reason.RETRY_EXHAUSTED:
                 exception = _exhausted(one, exception, self._policy)
-        one.settle(answered=outcome is Outcome.METHOD_FAILED)
+        one.settle(answered=False)
         return _noted(one, exception)
 
-    def _not_launched_yet(self, one: PlainRef) -> Exception | None:
-        """The engine answers, but its probe does not say that the launch succeeded."""
+    def _not_launched_yet(self, one: Awaited) -> None:
+        """The engine answers its probe, but not that the launch succeeded: a deadline bounds that, not the budget."""
         self._observe(one, Outcome.SUCCEEDED, launches=False)
-        now = time.monotonic()
-        one.probed_since = one.probed_since or now
         one.settle(answered=True)
-        if now - one.probed_since >= self._policy.budget_s:
-            one.engine.step(Reason.RETRY_EXHAUSTED)
-            error = RetryExhaustedError(
-                f"{one.engine.name} answers, but for {self._policy.budget_s:g} s its probe has not said that "
-                f"{one.engine.launch}() succeeded. Call it through the engine that adopt() gave, or raise budget_s.",
-                one.engine.actor_id,
-            )
-            return _noted(one, error)
-        one.resubmit_at = now + self._policy.pause_s(one.attempt)
+        one.resubmit_at = time.monotonic() + self._policy.pause_s(one.attempt)
         self._resting.append(one)
-        return None
-
-    def _spent(self, one: PlainRef, exception: Exception) -> Exception | None:
-        for value in one.engine.spent_refs[one.given]:
-            self._close(one, value)
-            return None
-        return _noted(one, exception, _SEALED)
 
     def _observe(self, one: Awaited, outcome: Outcome, launches: bool | None = None) -> None:
-        one.engine.observe(
-            outcome, launches=one.launches if launches is None else launches, submitted_at=one.submitted_at
-        )
-        took_s = time.monotonic() - one.submitted_at
+        if one.attempt == one.reported:
+            return  # looked at before, by an earlier get or another thread: it says nothing new
+        one.reported = one.attempt
         engine = one.engine
+        engine.observe(
+            outcome,
+            launches=one.launches if launches is None else launches,
+            submitted_at=one.submitted_at,
+            again=one.attempt > 0,
+        )
+        took_s = time.monotonic() - max(one.submitted_at, one.made_at)
         self._emit(
             CallOutcome(
                 engine.name, engine.labels, one.method, outcome, one.attempt, took_s, one.is_probe,
@@ -243,28 +196,37 @@ class Await:
         del self._open[one]
         one.settle(answered=True)
 
+    def _given_up(self) -> Exception | None:
+        """The verdict on an engine that was given up, by whichever thread, while a call made before was still out."""
+        engines = {engine for engine in self._engines if engine.reason in GIVEN_UP}
+        for one in self._open if engines else ():
+            if one.engine in engines and one.made_at <= one.engine.given_up_at():
+                text = f"engine {one.engine.name!r} was given up ({one.engine.reason}) while {one.method}() was out"
+                if one.engine.reason is Reason.LAUNCH_DEADLINE:
+                    return _noted(one, LaunchDeadlineError(text))
+                return _noted(one, RetryExhaustedError(text, one.engine.actor_id))
+        return None
+
     def _launch_deadlines(self) -> list[tuple[float, MonitoredEngine]]:
+        """Until when the engines that are launched here may take."""
         after_s = self._policy.launch_deadline_s
         if after_s is None:
             return []
         engines = dict.fromkeys(one.engine for one in self._open if one.launches)
-        return [
-            (engine.launched_at + after_s, engine)
-            for engine in engines
-            if engine.is_launching or engine.reason is Reason.LAUNCH_DEADLINE
-        ]
+        return [(engine.launched_at + after_s, engine) for engine in engines]
 
-    def _check_launch_deadline(self) -> None:
-        deadlines, now = self._launch_deadlines(), time.monotonic()
-        late = [engine for deadline, engine in deadlines if now >= deadline]
+    def _launch_deadline(self) -> Exception | None:
+        now = time.monotonic()
+        late = [engine for deadline, engine in self._launch_deadlines() if now >= deadline]
         if not late:
-            return
+            return None
         for engine in late:
             engine.step(Reason.LAUNCH_DEADLINE)
-        lines = "\n".join(f"  {engine.describe()}" for _, engine in deadlines)
-        raise LaunchDeadlineError(
-            f"{len(deadlines)} engines have not launched, and launch_deadline_s={self._policy.launch_deadline_s:g} "
-            f"has passed for {len(late)} of them:\n{lines}"
+        launching = [*late, *(engine for engine in self._fleet() if engine.is_launching)]
+        lines = "\n".join(f"  {engine.describe()}" for engine in dict.fromkeys(launching))
+        return LaunchDeadlineError(
+            f"launch_deadline_s={self._policy.launch_deadline_s:g} has passed for {len(late)} engines. "
+            f"These have not launched:\n{lines}"
         )
 
     def _timed_out(self, timeout_s: float | None) -> GetTimeoutError:

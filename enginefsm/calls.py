@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 import pickle
 import queue
 import threading
@@ -16,6 +17,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import ray
 from ray import ObjectRef, cloudpickle
 from ray.actor import ActorHandle, ActorMethod
 from ray.exceptions import RayTaskError
@@ -136,65 +138,114 @@ class Arguments:
         return tuple(_Thawer(*self._frozen).load())
 
 
-class Call:
+class Awaited:
+    """What `get` waits for: one thing asked of an engine, and asked again when the engine was unavailable.
+
+    Several threads may wait for it at once, and one after another: what must outlive a `get` is kept here.
+    """
+
+    __slots__ = (
+        "_left_at", "attempt", "attempts_in_outage", "engine", "failing", "launches", "lock", "made_at", "method",
+        "outage", "ref", "reported", "resubmit_at", "submitted_at",
+    )  # fmt: skip
+
+    ref: ObjectRef[Any]
+    """The reference of its newest submission, for `ray.wait` and the like. If that one fails with
+    `ActorUnavailableError`, so does the reference, for ever; `enginefsm.get` goes on."""
+    submitted_at: float
+    """When its newest submission was made, on the monotonic clock."""
+
+    def __init__(self, engine: MonitoredEngine, method: str, *, launches: bool) -> None:
+        self.engine = engine
+        self.method = method
+        self.launches = launches
+        """Whether its outcome says if the engine's launch succeeded."""
+        self.lock = threading.Lock()
+        """Around an outcome and what follows from it."""
+        self.made_at = time.monotonic()
+        self.attempt = 0
+        """How many times it was submitted again."""
+        self.reported = -1
+        """The newest attempt whose outcome was taken in."""
+        self.outage: Outage | None = None
+        """The engine's outage in which it failed last, by which `failing` and `attempts_in_outage` go."""
+        self.failing: Outage | None = None
+        """Since when it has had no answer in that outage."""
+        self.attempts_in_outage = 0
+        self.resubmit_at: float | None = None
+        """When to submit again, on the monotonic clock; None while a submission is out."""
+        self._left_at: float | None = None
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether what is waited for is a probe."""
+        return False
+
+    def leave(self) -> None:
+        """Nobody waits for it any more, though it has not ended."""
+        self._left_at = time.monotonic()
+
+    def take_up(self) -> None:
+        """Somebody waits for it. While nobody did, nobody tried, and that time is not held against the engine."""
+        with self.lock:
+            left_at, self._left_at = self._left_at, None
+            if left_at is not None and self.failing is not None:
+                self.failing.since += time.monotonic() - left_at
+
+    def resubmit(self, now: float) -> None:
+        """Submit again, if that is due. Raises what Ray raises when it refuses to submit."""
+        with self.lock:
+            if self.resubmit_at is None or self.resubmit_at > now:
+                return
+            self.attempt += 1
+            self.submitted_at = now
+            self._submit()
+            self.resubmit_at = None
+
+    def settle(self, *, answered: bool) -> None:
+        """Its outcome has arrived, from the actor (`answered`) or from Ray."""
+        raise NotImplementedError
+
+    def _submit(self) -> None:
+        raise NotImplementedError
+
+
+class Call(Awaited):
     """One call of a method of an engine: what `engine.method.remote(...)` gives. Hand it to `enginefsm.get`.
 
     It runs at most once in the actor's life, however often it is submitted.
     """
 
-    __slots__ = (
-        "__weakref__", "_arguments", "_number", "_options", "attempt", "attempts_in_outage", "engine", "launches",
-        "lock", "method", "outage", "ref", "resubmit_at", "submitted_at",
-    )  # fmt: skip
-
-    is_probe = False
+    __slots__ = ("__weakref__", "_arguments", "_number", "_options")
 
     def __init__(self, engine: MonitoredEngine, method: str, arguments: Arguments, options: dict[str, Any]) -> None:
-        self.engine = engine
-        self.method = method
-        self.launches = method == engine.launch
-        """Whether its outcome says if the engine's launch succeeded."""
-        self.outage: Outage | None = None
-        """The outage in which this call failed last."""
-        self.attempts_in_outage = 0
-        self.resubmit_at: float | None = None
-        """When to submit again, on the monotonic clock; None while a submission is out."""
-        self.lock = threading.Lock()
-        """Around a failure and what follows from it: several threads may wait for one call."""
-        self.attempt = 0
-        """How many times it was submitted again."""
-        self._arguments = arguments
+        super().__init__(engine, method, launches=method == engine.launch)
+        self._arguments: Arguments | None = arguments
         self._options = options
         self._number = engine.ledger.open()
+        self.submitted_at = self.made_at
+        if self.launches:
+            engine.launch_called = True
         self._submit()
 
-    def resubmit(self, now: float) -> None:
-        """Submit again, if that is due."""
-        with self.lock:
-            if self.resubmit_at is not None and self.resubmit_at <= now:
-                self.attempt += 1
-                self._submit()
-                self.resubmit_at = None
-
     def settle(self, *, answered: bool) -> None:
-        """Its outcome has arrived, from the actor or from Ray: the actor may forget it."""
+        """Its outcome has arrived, from the actor (`answered`) or from Ray: the actor may forget it."""
         if answered:
             self.engine.ledger.answered = True
         self.engine.ledger.settle(self._number)
+        self._arguments = None  # it will not be submitted again
 
     def _submit(self) -> None:
+        arguments = self._arguments
+        assert arguments is not None, "a settled call is not submitted again"
         caller, settled = self.engine.ledger.header()
-        self.submitted_at = time.monotonic()
-        """When its newest submission was made, on the monotonic clock."""
         answered = self.engine.ledger.answered
-        header = (caller, self._number, self.attempt, answered, settled, self.method, self._arguments.keywords)
+        header = (caller, self._number, self.attempt, answered, settled, self.method, arguments.keywords)
         submit: Callable[..., Any] = self.engine.handle.__ray_call__.options(**self._options).remote
         code = None if answered else _RUN_ONCE
         # One argument, not three: Ray pickles each by itself.
         carrier = functools.partial(_ENTER, code, header)
-        self.ref: ObjectRef[Any] = submit(carrier, *self._arguments.values())
-        """The reference of its newest submission, for `ray.wait` and the like. If that one fails with
-        `ActorUnavailableError`, so does the reference, for ever; `enginefsm.get` goes on."""
+        self.ref = submit(carrier, *arguments.values())
 
     def __del__(self) -> None:
         # A call that nobody holds any more will not be submitted again.
@@ -261,7 +312,74 @@ class EngineMethod:
         return f"EngineMethod({self._engine.name!r}, {_ray_handles.method_name(self._method)!r})"
 
 
+class PlainRef(Awaited):
+    """A plain ObjectRef of an adopted actor. Once failed it stays so; a launch is then asked after by probes."""
+
+    __slots__ = ("_given", "_probe", "_value", "lost")
+
+    def __init__(self, engine: MonitoredEngine, ref: ObjectRef[Any]) -> None:
+        # Ray does not tell which method a reference is of. While an engine launches, and its launch was not called
+        # through the engine itself, a plain reference is taken for the launch.
+        launches = engine.is_launching and not engine.launch_called
+        super().__init__(engine, engine.launch if launches else "(reference)", launches=launches)
+        # One that is complete already may be of any time, and says nothing of an outage that goes on.
+        is_old = bool(ray.wait([ref], timeout=0)[0])
+        self.submitted_at = -math.inf if is_old else self.made_at
+        self.ref = ref
+        self.lost = False
+        """Whether the reference itself has failed; from then on it is probes that are waited for, if there are any."""
+        self._given = ref
+        self._probe: Call | None = None
+        self._value: list[Any] = []
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether what is waited for is a probe."""
+        return self._probe is not None
+
+    @property
+    def given(self) -> str:
+        """The id of the reference given."""
+        return str(self._given.hex())
+
+    @property
+    def can_be_probed(self) -> bool:
+        """Whether there is a way to ask whether the launch succeeded."""
+        return self.launches and self.engine.probe is not None
+
+    @property
+    def recovered(self) -> list[Any]:
+        """What a probe gave instead of the lost value: one value, or none yet."""
+        return self._value
+
+    def recover(self, value: Any) -> None:
+        """A probe has said that the launch succeeded, and gave `value`."""
+        self._value = [value]
+
+    def settle(self, *, answered: bool) -> None:
+        """Its outcome has arrived, from the actor (`answered`) or from Ray."""
+        if self._probe is not None:
+            self._probe.settle(answered=answered)
+
+    def _submit(self) -> None:
+        probe = self.engine.probe
+        if isinstance(probe, str):
+            self._probe = getattr(self.engine, probe).remote()
+        else:
+            self._probe = self.engine.__ray_call__.remote(probe)
+        self.ref = self._probe.ref
+
+
 def says_restarted(exception: Exception) -> bool:
     """Whether the actor answered that it is a new process, which knows nothing of what the caller did before."""
+    return _cause_says(exception, _actorside.RESTARTED)
+
+
+def says_dropped(exception: Exception) -> bool:
+    """Whether the actor answered that it no longer has the outcome of the call."""
+    return _cause_says(exception, _actorside.DROPPED)
+
+
+def _cause_says(exception: Exception, text: str) -> bool:
     cause = exception.cause if isinstance(exception, RayTaskError) else None
-    return isinstance(cause, RuntimeError) and cause.args[:1] == (_actorside.RESTARTED,)
+    return isinstance(cause, RuntimeError) and cause.args[:1] == (text,)

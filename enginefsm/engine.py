@@ -2,41 +2,48 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
+from ray import ObjectRef
 from ray.actor import ActorHandle, ActorMethod
 
 from enginefsm import _ray_handles
-from enginefsm.calls import EngineMethod, Ledger
+from enginefsm.calls import Awaited, EngineMethod, Ledger, PlainRef
 from enginefsm.outcomes import Outcome, reason_for
 from enginefsm.policy import HELD_S, Outage, RetryPolicy
-from enginefsm.states import EngineRecord, EngineState, Reason, Transition
+from enginefsm.states import GIVEN_UP, EngineRecord, EngineState, Reason, Transition
+
+PLAIN_REFS_KEPT = 100  # an engine
 
 Probe = str | Callable[[Any], Any]
 """A method of the actor, by name, or a function of the actor instance, that says whether the launch succeeded."""
 
 
-class Retried(Protocol):
-    """What is submitted again after its engine was found unavailable."""
-
-    outage: Outage | None
-    """The outage in which it failed last."""
-    attempts_in_outage: int
-    resubmit_at: float | None
-    """When to submit it again, on the monotonic clock; None while a submission is out."""
-
-
 class MonitoredEngine:
     """An engine actor under a monitor. What it does not have itself, it forwards to the actor's handle.
 
-    It pickles as the plain `ActorHandle`, and equals it.
+    It pickles as the plain `ActorHandle`, and equals it. A method of the actor that has the name of something here is
+    reached through `engine.handle`.
     """
 
-    __slots__ = ("_lock", "_on_step", "_outage", "_record", "handle", "launch", "ledger", "probe", "spent_refs")
+    __slots__ = (
+        "_lock",
+        "_on_step",
+        "_outage",
+        "_plain_refs",
+        "_record",
+        "handle",
+        "launch",
+        "launch_called",
+        "ledger",
+        "owner",
+        "probe",
+    )
 
     def __init__(
         self,
@@ -45,7 +52,10 @@ class MonitoredEngine:
         launch: str,
         probe: Probe | None,
         on_step: Callable[[Transition], None],
+        owner: object = None,
     ) -> None:
+        self.owner = owner
+        """The monitor that adopted it."""
         self.handle = handle
         """The plain handle, for what takes nothing else (`ray.kill`)."""
         self.launch = launch
@@ -53,8 +63,9 @@ class MonitoredEngine:
         self.probe = probe
         """What says whether it launched, where a plain reference to the launch failed."""
         self.ledger = Ledger()
-        self.spent_refs: dict[str, Any] = {}
-        """Plain references that failed once, by id; looking at one again says nothing new of the engine."""
+        self.launch_called = False
+        """Whether the launch method was called through this engine, and not on the plain handle."""
+        self._plain_refs: dict[str, PlainRef] = {}
         self._record = record
         self._lock = threading.Lock()
         self._on_step = on_step
@@ -148,11 +159,41 @@ class MonitoredEngine:
         with self._lock:
             return self._step(reason, time.monotonic())
 
-    def observe(self, outcome: Outcome, *, launches: bool, submitted_at: float) -> None:
-        """Take in what came of a submission that was made at `submitted_at` (monotonic)."""
+    def given_up_at(self) -> float:
+        """When the monitor gave it up, its bounds spent, on the monotonic clock; infinity if it did not."""
+        with self._lock:
+            return self._record.since if self._record.reason in GIVEN_UP else math.inf
+
+    def plain_ref(self, ref: ObjectRef[Any]) -> PlainRef:
+        """What is known of a plain reference of its actor: one object, however often and by whomever it is awaited."""
+        with self._lock:
+            known = self._plain_refs.get(ref.hex())
+        if known is not None:
+            return known
+        made = PlainRef(self, ref)
+        with self._lock:
+            known = self._plain_refs.get(made.given, made)
+            if known.launches:
+                self._remember(known)
+            return known
+
+    def lose(self, ref: PlainRef) -> None:
+        """The reference failed: looking at it again will say nothing new of the engine."""
+        with self._lock:
+            ref.lost = True
+            self._remember(ref)
+
+    def _remember(self, ref: PlainRef) -> None:
+        self._plain_refs[ref.given] = ref
+        while len(self._plain_refs) > PLAIN_REFS_KEPT:
+            self._plain_refs.pop(next(iter(self._plain_refs)))
+
+    def observe(self, outcome: Outcome, *, launches: bool, submitted_at: float, again: bool = False) -> None:
+        """Take in what came of a submission that was made at `submitted_at` (monotonic); `again` if not the first."""
         with self._lock:
             now = time.monotonic()
-            if outcome is Outcome.ACTOR_UNAVAILABLE and (self._outage is None or now - submitted_at >= HELD_S):
+            held = again and now - submitted_at >= HELD_S
+            if outcome is Outcome.ACTOR_UNAVAILABLE and (self._outage is None or held):
                 self._outage = Outage(since=now)
             if outcome in (Outcome.SUCCEEDED, Outcome.METHOD_FAILED):
                 if launches and outcome is Outcome.SUCCEEDED:
@@ -165,7 +206,7 @@ class MonitoredEngine:
             if reason is not None:
                 self._step(reason, now)
 
-    def plan_resubmission(self, policy: RetryPolicy, call: Retried) -> bool:
+    def plan_resubmission(self, policy: RetryPolicy, call: Awaited) -> bool:
         """Set when `call`, which found the engine unavailable, is to be submitted again; False when out of bounds."""
         with self._lock:
             now = time.monotonic()
@@ -173,11 +214,11 @@ class MonitoredEngine:
                 # Another thread's call was answered since: the engine is back already.
                 call.resubmit_at = now
                 return True
-            if call.outage is not self._outage:
-                call.outage, call.attempts_in_outage = self._outage, 0
-            if self._outage.exhausted(policy, call.attempts_in_outage, now):
+            if call.failing is None or call.outage is not self._outage:
+                call.outage, call.failing, call.attempts_in_outage = self._outage, Outage(since=now), 0
+            if call.failing.exhausted(policy, call.attempts_in_outage, now):
                 return False
-            call.resubmit_at = self._outage.resubmit_at(policy, call.attempts_in_outage, now)
+            call.resubmit_at = call.failing.resubmit_at(policy, call.attempts_in_outage, now)
             call.attempts_in_outage += 1
             return True
 

@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 
 from enginefsm.events import CallOutcome, Event
 from enginefsm.outcomes import Outcome
-from enginefsm.states import EDGES, EngineState, Reason, Transition
+from enginefsm.states import EDGES, GIVEN_UP, EngineState, Reason, Transition
 
 GROUP = ("run", "model", "worker_type")
 ENGINE = (*GROUP, "engine")
@@ -32,8 +32,6 @@ LAUNCH_BUCKETS_S = (1, 2, 5, 10, 20, 30, 60, 120, 180, 300, 600, 900, 1200, 1800
 UNAVAILABLE_BUCKETS_S = (0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
 PROBE_BUCKETS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 300)
 
-EXHAUSTIONS = (Reason.RETRY_EXHAUSTED, Reason.LAUNCH_DEADLINE)
-"""The verdicts that are the monitor's own: bounds were spent."""
 REAWAIT_RESULTS = ("answered", "unavailable", "failed")
 
 
@@ -124,7 +122,7 @@ class FleetMetrics(Collector):
             self._launch_duration.labels(*group).observe(step.age_s)
         if step.from_state is EngineState.UNAVAILABLE:
             self._unavailable_duration.labels(*group).observe(step.spent_s)
-        if step.reason in EXHAUSTIONS:
+        if step.reason in GIVEN_UP:
             self._exhausted.labels(*group, step.reason).inc()
 
     def _count_outcome(self, group: tuple[str, str, str], event: CallOutcome) -> None:
@@ -141,7 +139,7 @@ class FleetMetrics(Collector):
         for reason, (sources, dest) in EDGES.items():
             for source in sources:
                 self._transitions.labels(*group, source, dest, reason)
-        for reason in EXHAUSTIONS:
+        for reason in GIVEN_UP:
             self._exhausted.labels(*group, reason)
         self._launch_duration.labels(*group)
         self._unavailable_duration.labels(*group)
@@ -213,7 +211,7 @@ class FleetMetrics(Collector):
             state |= {(*key, one): float(one is now_in) for one in EngineState}
             since[key] = engine.state_since
             info[*key, engine.labels.get("node", ""), engine.actor_id, str(engine.incarnation)] = 1.0
-            if engine.reason in EXHAUSTIONS:
+            if engine.reason in GIVEN_UP:
                 exhausted[*key, engine.reason] = engine.state_since
             expected[group] += 1
             bringups.setdefault(group[1], []).append(engine)

@@ -13,8 +13,8 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 
 from enginefsm import _ray_handles
-from enginefsm.awaiting import Await, Awaited, PlainRef
-from enginefsm.calls import Call
+from enginefsm.awaiting import Await
+from enginefsm.calls import Awaited, Call
 from enginefsm.engine import MonitoredEngine, Probe
 from enginefsm.events import Event, Listener
 from enginefsm.metrics import FleetMetrics, MetricsServer
@@ -22,6 +22,9 @@ from enginefsm.policy import RetryPolicy
 from enginefsm.states import EngineRecord, EngineState, Reason, Transition
 
 logger = logging.getLogger("enginefsm")
+
+# How long a get that ends waits for another thread's delivery of what it had to tell.
+PATIENCE_S = 2.0
 
 _RESERVED_LABELS = frozenset({"run", "engine", "state", "incarnation", "actor_id"})
 
@@ -43,7 +46,10 @@ class EngineMonitor:
         self._incarnations: collections.Counter[str] = collections.Counter()
         self._lock = threading.Lock()  # around the three above
         self._events: collections.deque[Event] = collections.deque()
-        self._delivering = threading.Lock()  # only ever tried, never waited for
+        self._deliverer: dict[str, int] = {}  # the thread that hands events to listeners, if one does
+        self._is_delivering = False
+        self._heard = 0  # how many listeners have heard the event that is being delivered
+        self._delivered = threading.Condition()
         self.metrics = FleetMetrics(run, self.engines)
         """What Prometheus is told."""
         self._listeners: list[Listener] = [_log, self.metrics, *listeners]
@@ -86,7 +92,7 @@ class EngineMonitor:
             self._incarnations[name] += 1
             texts = {key: str(value) for key, value in labels.items()}
             record = EngineRecord(name, texts, self._incarnations[name], time.monotonic(), time.time())
-            engine = MonitoredEngine(handle, record, launch, probe, self._events.append)
+            engine = MonitoredEngine(handle, record, launch, probe, self._events.append, owner=self)
             self._engines[actor_id] = self._by_name[name] = engine
             if namesake is not None:
                 self._engines.pop(namesake.actor_id, None)
@@ -142,8 +148,13 @@ class EngineMonitor:
         """
         several = isinstance(calls, Sequence)
         given: list[Any] = list(calls) if isinstance(calls, Sequence) else [calls]
+        if timeout is not None and timeout < 0:
+            raise ValueError(f"timeout is a number of seconds, 0 or more, or None, not {timeout!r}")
         awaited = [self._awaited(one) for one in given]
-        values = Await(awaited, self.policy, self._events.append).run(timeout, self._deliver)
+        try:
+            values = Await(awaited, self.policy, self.engines, self._events.append).run(timeout, self._deliver)
+        finally:
+            self._deliver(patience_s=PATIENCE_S)
         results = [values[one] for one in awaited]
         return results if several else results[0]
 
@@ -174,15 +185,23 @@ class EngineMonitor:
         if not isinstance(name, str) or not name:
             raise ValueError(f"an engine's name is a text that is not empty, not {name!r}")
         for role, method in (("launch method", launch), ("probe", probe)):
-            if isinstance(method, str) and not hasattr(handle, method):
+            if not isinstance(method, str):
+                continue
+            if not hasattr(handle, method):
                 known = ", ".join(sorted(m for m in dir(handle) if not m.startswith("_")))
                 raise ValueError(f"{handle!r} has no method {method!r} to be its {role}; it has: {known}")
+            if hasattr(MonitoredEngine, method):
+                raise ValueError(f"{method!r} cannot be the {role}: a MonitoredEngine has that name for itself")
+            if not _ray_handles.is_plain(getattr(handle, method), {}):
+                raise ValueError(f"{method!r} cannot be the {role}: it does not return one plain value")
         taken = _RESERVED_LABELS.intersection(labels)
         if taken:
             raise ValueError(f"labels that enginefsm sets itself cannot be given: {', '.join(sorted(taken))}")
 
     def _awaited(self, one: Any) -> Awaited:
         if isinstance(one, Call):
+            if one.engine.owner is not self:
+                raise ValueError(f"{one!r} is of an engine of another monitor: await it there")
             return one
         if not isinstance(one, ObjectRef):
             raise TypeError(f"get() takes calls and ObjectRefs, not {type(one).__name__}")
@@ -193,18 +212,41 @@ class EngineMonitor:
             raise ValueError(
                 f"{one!r} is not of an engine that this monitor has adopted: adopt() its actor first, or use ray.get"
             )
-        return PlainRef(engine, one)
+        return engine.plain_ref(one)
 
-    def _deliver(self) -> None:
-        # Whoever comes while another thread delivers leaves its events to that one, which looks again before it goes.
-        while self._events and self._delivering.acquire(blocking=False):
-            try:
-                while self._events:
-                    event = self._events.popleft()
-                    for listener in tuple(self._listeners):
-                        self._call(listener, event)
-            finally:
-                self._delivering.release()
+    def _deliver(self, patience_s: float = 0.0) -> None:
+        """Hand the events to the listeners; if another thread is at it, leave them to it, or wait for it so long."""
+        me, until = threading.get_ident(), time.monotonic() + patience_s
+        while self._events:
+            # Atomic, and safe against an interrupt at any point: what this thread has claimed, it may claim again.
+            if self._deliverer.setdefault("thread", me) == me:
+                if self._is_delivering:
+                    return  # a listener has moved an engine: its event comes when the present one is delivered
+                try:
+                    self._is_delivering = True
+                    self._deliver_all()
+                finally:
+                    self._is_delivering = False
+                    self._deliverer.pop("thread", None)
+                    with self._delivered:
+                        self._delivered.notify_all()
+            else:
+                with self._delivered:
+                    if not self._delivered.wait_for(self._may_deliver, until - time.monotonic()):
+                        return
+
+    def _may_deliver(self) -> bool:
+        return not self._events or "thread" not in self._deliverer
+
+    def _deliver_all(self) -> None:
+        # An interrupt in a listener loses no event to the next one: the count of those that have heard it is kept.
+        while self._events:
+            if self._heard < len(self._listeners):
+                self._heard += 1
+                self._call(self._listeners[self._heard - 1], self._events[0])
+            else:
+                self._heard = 0
+                self._events.popleft()
 
     def _call(self, listener: Listener, event: Event) -> None:
         try:

@@ -81,7 +81,7 @@ def _is_whole(value: object) -> bool:
 
 @dataclasses.dataclass(slots=True)
 class Outage:
-    """A time in which an engine could not be reached: from the first failure until it answers."""
+    """A time in which an engine, or one call to it, got no answer: from the first failure until one comes."""
 
     since: float
     """Monotonic."""

@@ -48,6 +48,9 @@ class Reason(StrEnum):
     RELEASED = "released"
 
 
+GIVEN_UP = (Reason.RETRY_EXHAUSTED, Reason.LAUNCH_DEADLINE)
+"""The verdicts that are the monitor's own: bounds were spent."""
+
 _STATES = {state.value: state for state in EngineState}
 _LIVE = (EngineState.LAUNCHING, EngineState.READY, EngineState.UNAVAILABLE)
 
@@ -88,7 +91,9 @@ MACHINE = Machine(
 
 # The machine library tells of every callback that it did not have to call. What happens to engines is told by the
 # monitor, in one line a step. The filter drops this machine's lines alone; others of the process keep theirs.
-logging.getLogger("transitions.core").addFilter(lambda line: not (line.args and line.args[0] == MACHINE.name))  # type: ignore[index]
+logging.getLogger("transitions.core").addFilter(
+    lambda line: not (isinstance(line.args, tuple) and line.args[:1] == (MACHINE.name,))
+)
 
 
 class Transition(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,6 +14,9 @@ from engines import Engine, wait_until
 
 import enginefsm
 from enginefsm import chaos
+
+# A shell ignores Ctrl-C for what it starts in the background, this run and all that it starts among them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Clusters:

@@ -216,3 +216,79 @@ def test_a_listener_that_raises_costs_the_bringup_nothing(fleet, caplog):
     assert fleet.monitor.get(rig.engine.init.remote()) == "launched"
     assert fleet.metric("enginefsm_export_errors_total", sink="broken") == len(fleet.events)
     assert "disk full" in caplog.text
+
+
+def test_a_fresh_call_to_a_restarted_actor_does_not_hide_the_restart(fleet):
+    rig = fleet.launch(max_restarts=1)
+    call = rig.engine.init.remote()
+    before = rig.pid
+    killed(rig)
+    wait_until(lambda: rig.pid != before, what="the restart")
+    rig.open()
+    with pytest.raises(ActorDiedError):
+        fleet.monitor.get([rig.engine.times_init_ran.remote(), call], timeout=60)
+    assert rig.times_init_began() == 1
+
+
+@pytest.mark.parametrize("policy", [RetryPolicy(launch_deadline_s=2)])
+def test_a_launch_that_ends_after_the_deadline_stays_late(fleet, policy):
+    rig = fleet.launch()
+    call = rig.engine.init.remote()
+    rig.wait_for("begun")
+    with pytest.raises(LaunchDeadlineError):
+        fleet.monitor.get(call)
+    rig.open()
+    ray.wait([call.ref])
+    with pytest.raises(LaunchDeadlineError):
+        fleet.monitor.get(call)
+    assert rig.engine.state is DEAD
+
+
+@pytest.mark.parametrize("policy", [RetryPolicy(max_attempts=0)])
+def test_whoever_waits_for_an_engine_that_another_thread_gave_up_is_told(fleet, policy):
+    rig = fleet.launch(max_concurrency=2)
+    ref = rig.engine.handle.init.remote()  # stays out: nobody awaits it here
+    rig.wait_for("begun")
+    first = rig.engine.hold.remote()
+    rig.wait_for("held")
+    rig.cut()
+    with pytest.raises(RetryExhaustedError):
+        fleet.monitor.get(first)
+    second = rig.engine.times_init_ran.remote()  # made afterwards: Ray's answer counts
+    rig.open("let_go")
+    assert fleet.monitor.get(second) == 1
+    with pytest.raises(RetryExhaustedError):
+        fleet.monitor.get(first)
+    del ref
+
+
+def test_a_slow_listener_hears_of_a_death_before_the_exception_leaves(fleet):
+    heard, busy, go_on = [], threading.Event(), threading.Event()
+
+    def slow(event):
+        if event.engine == "engine-0" and getattr(event, "to_state", None) is READY:
+            busy.set()
+            go_on.wait(30)
+        heard.append(event)
+
+    fleet.monitor.add_listener(slow)
+    rigs = [fleet.launch() for _ in range(2)]
+    rigs[0].open()
+    launch = fleet.in_background(rigs[0].engine.init.remote())
+    doomed = rigs[1].engine.init.remote()
+    busy.wait(30)
+    death = fleet.in_background(doomed)
+    killed(rigs[1])
+    threading.Timer(0.5, go_on.set).start()
+    assert isinstance(death.exception(30), ActorDiedError)
+    assert any(event.engine == "engine-1" and getattr(event, "to_state", None) is DEAD for event in heard)
+    launch.result(30)
+
+
+def test_a_call_of_another_monitor_s_engine_is_refused(fleet):
+    rig = fleet.launch()
+    rig.open()
+    call = rig.engine.init.remote()
+    with pytest.raises(ValueError, match="another monitor"):
+        enginefsm.EngineMonitor().get(call)
+    assert fleet.monitor.get(call) == "launched"

@@ -148,17 +148,21 @@ def test_every_metric_says_what_it_is(fleet_in_trouble):
 # --- what is counted ---
 
 
+def unwell(event):
+    raise OSError("disk full")
+
+
 def test_counters_stand_at_nought_before_anything_happens(fleet):
     fleet.launch()
     fleet.metrics.expect_calls(fleet.engines[0].labels, "init")
-    fleet.metrics.expect_listener(print)
+    fleet.metrics.expect_listener(unwell)
 
     assert fleet.value("transitions_total", reason="launched") == 1
     assert fleet.value("transitions_total", from_state="launching", to_state="dead", reason="actor_died") == 0
     assert fleet.value("transitions_total", from_state="unavailable", to_state="ready") == 0
     assert fleet.value("retry_exhausted_total", reason="retry_exhausted") == 0
     assert fleet.value("retry_exhausted_total", reason="launch_deadline") == 0
-    assert fleet.value("export_errors_total", sink="print") == 0
+    assert fleet.value("export_errors_total", sink="unwell") == 0
     assert [fleet.value("outcomes_total", method="init", outcome=outcome) for outcome in Outcome] == [0] * len(Outcome)
     for result in ("answered", "unavailable", "failed"):
         assert fleet.value("reawaits_total", method="init", result=result) == 0
@@ -334,9 +338,9 @@ def monitor():
 
 
 def test_an_adopted_engine_has_its_counters_at_nought_and_a_released_one_has_no_series(monitor):
-    engine = monitor.adopt(bare_handle("launch"), name="e", launch="launch", model="tiny")
+    engine = monitor.adopt(bare_handle("start"), name="e", launch="start", model="tiny")
 
-    assert value(monitor.metrics, "outcomes_total", method="launch", outcome="succeeded", model="tiny") == 0
+    assert value(monitor.metrics, "outcomes_total", method="start", outcome="succeeded", model="tiny") == 0
     assert value(monitor.metrics, "engine_state", engine="e", state="launching") == 1
 
     monitor.release(engine)
@@ -448,23 +452,19 @@ def test_events_of_two_threads_come_one_at_a_time_all_of_them_and_each_engines_i
 def test_an_event_that_comes_while_a_delivery_ends_is_not_left_behind(monitor, monkeypatch):
     heard = []
 
-    class Delivering:
-        """The lock of deliveries; as the first one gives it back, another thread brings an event."""
+    class Claim(dict):
+        """The claim to deliver; as the first thread gives it back, another one brings an event."""
 
-        def __init__(self):
-            self.lock, self.brings = threading.Lock(), ["late"]
+        brings = ["late"]  # noqa: RUF012
 
-        def acquire(self, blocking):
-            return self.lock.acquire(blocking)
-
-        def release(self):
+        def pop(self, *key):
             while self.brings:
                 with ThreadPoolExecutor(1) as thread:
                     thread.submit(monitor.adopt, bare_handle(), name=self.brings.pop()).result(10)
-            self.lock.release()
+            return super().pop(*key)
 
     monitor.add_listener(heard.append)
-    monkeypatch.setattr(monitor, "_delivering", Delivering())
+    monkeypatch.setattr(monitor, "_deliverer", Claim())
     monitor.adopt(bare_handle(), name="first")
 
     assert [event.engine for event in heard] == ["first", "late"]

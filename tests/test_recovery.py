@@ -12,7 +12,7 @@ import ray
 from engines import Grouped, WithoutEnginefsm, wait_until
 from ray.exceptions import ActorUnavailableError, GetTimeoutError
 
-from enginefsm import EngineState, Outcome, Reason, chaos
+from enginefsm import EngineState, Outcome, Reason, RetryPolicy, chaos
 
 LAUNCHING, READY, UNAVAILABLE, DEAD = EngineState
 LAUNCHED = (None, LAUNCHING, Reason.LAUNCHED)
@@ -310,3 +310,99 @@ def test_a_plain_reference_without_a_probe_passes_the_error_on_after_the_state_h
     with pytest.raises(ActorUnavailableError):
         fleet.monitor.get(ref)
     assert rig.engine.state is LAUNCHING, "an old failure was taken for a new one"
+
+
+def test_a_probe_goes_on_after_a_get_that_timed_out_and_for_several_waiters(fleet):
+    rig = fleet.launch(adopt={"probe": "launched"})
+    ref = rig.engine.handle.init.remote()
+    rig.wait_for("begun")
+    rig.cut()
+    with pytest.raises(GetTimeoutError):
+        fleet.monitor.get(ref, timeout=5)
+    launches = [fleet.in_background([ref, ref]) for _ in range(2)]
+    rig.open()
+    assert [launch.result(60) for launch in launches] == [[True, True]] * 2
+    assert rig.engine.state is READY
+
+
+def test_a_probe_that_raises_says_not_yet(fleet):
+    rig = fleet.launch(max_concurrency=2, adopt={"probe": lambda engine: (engine.directory / "ended").stat()})
+    launch = fleet.in_background(rig.engine.handle.init.remote())
+    rig.wait_for("begun")
+    rig.cut()
+    fleet.wait_for(lambda: (UNAVAILABLE, LAUNCHING, Reason.ACTOR_REACHABLE) in fleet.steps(rig.engine))
+    rig.open()
+    assert launch.result(60)
+    assert rig.engine.state is READY
+
+
+def test_another_plain_reference_is_not_taken_for_a_launch_that_was_called(fleet):
+    rig = fleet.launch(max_concurrency=2)
+    launch = fleet.in_background(rig.engine.init.remote())
+    rig.wait_for("begun")
+    assert fleet.monitor.get(rig.engine.handle.times_init_ran.remote()) == 1
+    assert rig.engine.state is LAUNCHING
+    with pytest.raises(ValueError, match="text"):
+        fleet.monitor.get(rig.engine.handle.fail.remote("text"))
+    assert rig.engine.state is LAUNCHING
+    rig.open()
+    launch.result(60)
+
+
+def test_an_old_answer_does_not_bring_an_engine_back(fleet):
+    rig = fleet.launch(max_concurrency=2)
+    rig.open()
+    fleet.monitor.get(rig.engine.init.remote())
+    ref, call = rig.engine.handle.times_init_ran.remote(), rig.engine.times_init_ran.remote()
+    ray.wait([ref, call.ref], num_returns=2)
+    held = fleet.in_background(rig.engine.hold.remote())
+    rig.wait_for("held")
+    with chaos.freeze(rig.pid):
+        rig.cut()
+        fleet.wait_for_state(rig.engine, UNAVAILABLE)
+        assert fleet.monitor.get([ref, call]) == [1, 1]
+        assert rig.engine.state is UNAVAILABLE
+    rig.open("let_go")
+    held.result(60)
+
+
+def test_an_argument_that_failed_leaves_the_engine_as_it_was(fleet):
+    rig = fleet.launch()
+    rig.open()
+    broken = rig.engine.handle.fail.remote("no such tensor")
+    with pytest.raises(ValueError, match="no such tensor"):
+        fleet.monitor.get(rig.engine.echo.remote(broken))
+    assert fleet.monitor.get(rig.engine.init.remote()) == "launched"
+
+
+def test_an_engine_that_restores_its_own_state_is_the_same_engine(fleet):
+    rig = fleet.launch(adopt={"launch": "init_and_restore"})
+    fleet.monitor.get(rig.engine.init_and_restore.remote())
+    assert fleet.monitor.get(rig.engine.times_init_ran.remote()) == 0
+    assert rig.engine.state is READY
+
+
+@pytest.mark.parametrize("policy", [RetryPolicy(budget_s=3, cap_s=1)])
+def test_the_budget_does_not_run_while_nobody_tries(fleet, policy):
+    rig = fleet.launch()
+    call = rig.engine.init.remote()
+    rig.wait_for("begun")
+    rig.cut()
+    with pytest.raises(GetTimeoutError):
+        fleet.monitor.get(call, timeout=2.2)
+    rig.cut()
+    wait_until(lambda: ray.wait([call.ref], timeout=0)[0], what="the failure of the re-await")
+    silent_since = time.monotonic()
+    wait_until(lambda: time.monotonic() - silent_since > 4, what="the end of the budget")
+    rig.open()
+    assert fleet.monitor.get(call) == "launched"
+
+
+def test_what_is_looked_at_twice_is_counted_once(fleet):
+    rig = fleet.launch()
+    rig.open()
+    call = rig.engine.init.remote()
+    for _ in range(3):
+        fleet.monitor.get(call)
+    labels = {"model": "tiny", "worker_type": "regular", "method": "init", "outcome": "succeeded"}
+    assert fleet.metric("enginefsm_outcomes_total", **labels) == 1

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -31,6 +32,11 @@ def wait_until(condition: Callable[[], object], within_s: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"did not come true within {within_s} s"
         time.sleep(0.01)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_else_below_this_process(clusters: Any) -> None:
+    clusters.close()
 
 
 def is_gone(process: psutil.Process) -> bool:

@@ -6,6 +6,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -19,6 +20,11 @@ def wait_until(condition: Callable[[], object], within_s: float) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"did not come true within {within_s} s"
         time.sleep(0.05)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_else_below_this_process(clusters: Any) -> None:
+    clusters.close()
 
 
 def is_gone(process: psutil.Process) -> bool:
