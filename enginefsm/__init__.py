@@ -6,7 +6,7 @@ The functions of this module act on one monitor for the process; `EngineMonitor`
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, overload
 
 from ray import ObjectRef
@@ -16,6 +16,7 @@ from enginefsm.calls import Call
 from enginefsm.engine import MonitoredEngine, Probe
 from enginefsm.errors import ActorRestartedError, LaunchDeadlineError, RetryExhaustedError
 from enginefsm.events import CallOutcome, Event, Listener
+from enginefsm.export import Exporter
 from enginefsm.metrics import MetricsServer
 from enginefsm.monitor import EngineMonitor
 from enginefsm.outcomes import Outcome, classify
@@ -50,16 +51,26 @@ _lock = threading.Lock()
 _monitor: EngineMonitor | None = None
 
 
-def configure(run: str = "", policy: RetryPolicy | None = None, listeners: Sequence[Listener] = ()) -> EngineMonitor:
-    """Set up the process's monitor; without it there is one with the defaults.
+def configure(
+    run: str = "",
+    policy: RetryPolicy | None = None,
+    listeners: Sequence[Listener] = (),
+    export: Iterable[Exporter] | None = None,
+) -> EngineMonitor:
+    """Set up the process's monitor; without it there is one with the defaults. See `EngineMonitor` for the arguments.
 
-    Raises RuntimeError when the present one has engines already: they would be lost to it.
+    By default it exports as the environment variable `ENGINEFSM_EXPORT` says, to the hub if that says nothing.
+
+    Raises RuntimeError when the present one has engines already: they would be lost to it. Raises ValueError when
+    `ENGINEFSM_EXPORT` is asked, and cannot be understood.
     """
     global _monitor
     with _lock:
         if _monitor is not None and _monitor.engines():
             raise RuntimeError("configure() comes before the first adopt(); the monitor has engines already")
-        _monitor = EngineMonitor(run, policy, listeners)
+        if _monitor is not None:
+            _monitor.close()
+        _monitor = EngineMonitor(run, policy, listeners, export)
         return _monitor
 
 
@@ -68,7 +79,7 @@ def default_monitor() -> EngineMonitor:
     global _monitor
     with _lock:
         if _monitor is None:
-            _monitor = EngineMonitor()
+            _monitor = EngineMonitor(export=None)
         return _monitor
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
+import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle, ActorMethod, _ActorClassMethodMetadata
 
@@ -66,3 +68,9 @@ def method_name(method: ActorMethod) -> str:
 def signature(method: ActorMethod) -> inspect.Signature | None:
     """The method's signature without `self`."""
     return None if method._signature is None else inspect.Signature(method._signature)
+
+
+def temp_dir() -> str:
+    """The directory under which Ray keeps its sessions on this node, its own Prometheus targets among them."""
+    node = ray._private.worker._global_node
+    return tempfile.gettempdir() if node is None else str(node.get_temp_dir_path())

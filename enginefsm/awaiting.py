@@ -226,7 +226,11 @@ class Await:
         )
         took_s = time.monotonic() - one.submitted_at
         engine = one.engine
-        self._emit(CallOutcome(engine.name, engine.labels, one.method, outcome, one.attempt, took_s, one.is_probe))
+        self._emit(
+            CallOutcome(
+                engine.name, engine.labels, one.method, outcome, one.attempt, took_s, one.is_probe, engine.incarnation
+            )
+        )  # fmt: skip
 
     def _close(self, one: Awaited, value: Any) -> None:
         self._values[one] = value

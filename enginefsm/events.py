@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Mapping
 
 from enginefsm.outcomes import Outcome
@@ -23,6 +24,10 @@ class CallOutcome:
     """From the submission to its outcome."""
     probe: bool = False
     """Whether the call was a probe."""
+    incarnation: int = 1
+    """Of the engine."""
+    at_s: float = dataclasses.field(default_factory=time.time)
+    """When: seconds since the epoch."""
 
 
 Event = Transition | CallOutcome

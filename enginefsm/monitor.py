@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import collections
 import logging
 import threading
@@ -17,6 +18,7 @@ from enginefsm.awaiting import Await, Awaited, PlainRef
 from enginefsm.calls import Call
 from enginefsm.engine import MonitoredEngine, Probe
 from enginefsm.events import Event, Listener
+from enginefsm.export import FLUSH_S, Exporter, Exports, from_environment
 from enginefsm.metrics import FleetMetrics, MetricsServer
 from enginefsm.policy import RetryPolicy
 from enginefsm.states import EngineRecord, EngineState, Reason, Transition
@@ -31,10 +33,25 @@ class EngineMonitor:
 
     Thread-safe. Listeners are called one event at a time, in order, outside every lock; one that raises is logged
     and counted, and costs the fleet nothing else. One that blocks, blocks whoever moved the engine: a listener that
-    has something slow to do hands it to a thread of its own.
+    has something slow to do hands it to a thread of its own, as the exporters do.
+
+    Args:
+        run: The name of the training run, on every metric.
+        policy: By default, `RetryPolicy()`.
+        listeners: Called with every event.
+        export: The exporters (see `enginefsm.export`), which begin with the first engine; None for what the
+            environment variable `ENGINEFSM_EXPORT` says, by default the hub.
+
+    Raises ValueError when `ENGINEFSM_EXPORT` is asked, and cannot be understood.
     """
 
-    def __init__(self, run: str = "", policy: RetryPolicy | None = None, listeners: Iterable[Listener] = ()) -> None:
+    def __init__(
+        self,
+        run: str = "",
+        policy: RetryPolicy | None = None,
+        listeners: Iterable[Listener] = (),
+        export: Iterable[Exporter] | None = (),
+    ) -> None:
         self.run = run
         """The name of the training run, on every metric."""
         self.policy = policy or RetryPolicy()
@@ -49,6 +66,8 @@ class EngineMonitor:
         self._listeners: list[Listener] = [_log, self.metrics, *listeners]
         for listener in self._listeners:
             self.metrics.expect_listener(listener)
+        self._exporters = from_environment() if export is None else list(export)
+        self._exports: Exports | None = None
 
     def adopt(
         self, handle: ActorHandle[Any], *, name: str, launch: str = "init", probe: Probe | None = None, **labels: object
@@ -71,6 +90,7 @@ class EngineMonitor:
         """
         self._check(handle, name, launch, probe, labels)
         actor_id = _ray_handles.actor_id(handle)
+        self._begin_exports()
         with self._lock:
             known = self._engines.get(actor_id)
             if known is not None:
@@ -113,6 +133,11 @@ class EngineMonitor:
         with self._lock:
             return list(self._engines.values())
 
+    def engine(self, name: str) -> MonitoredEngine | None:
+        """The newest engine of that name, dead or not; None when there is none, or it was released."""
+        with self._lock:
+            return self._by_name.get(name)
+
     @overload
     def get(self, calls: Call | ObjectRef[Any], timeout: float | None = None) -> Any: ...
 
@@ -143,7 +168,11 @@ class EngineMonitor:
         several = isinstance(calls, Sequence)
         given: list[Any] = list(calls) if isinstance(calls, Sequence) else [calls]
         awaited = [self._awaited(one) for one in given]
-        values = Await(awaited, self.policy, self._events.append).run(timeout, self._deliver)
+        try:
+            values = Await(awaited, self.policy, self._events.append).run(timeout, self._deliver)
+        except Exception:
+            self._flush_terminal()
+            raise
         results = [values[one] for one in awaited]
         return results if several else results[0]
 
@@ -152,12 +181,51 @@ class EngineMonitor:
         self.metrics.expect_listener(listener)
         self._listeners.append(listener)
 
+    def flush(self, timeout_s: float = FLUSH_S) -> bool:
+        """Wait until the exporters have everything up to now, `timeout_s` seconds at most; says whether they have."""
+        exports = self._exports
+        return exports is None or exports.flush(timeout_s)
+
+    def close(self, timeout_s: float = FLUSH_S) -> None:
+        """End in good order: exporters are given what is left, `timeout_s` seconds at most, and that this is the end.
+
+        Engines and their actors are not touched. What happens to them afterwards is not exported. Called by itself
+        when the interpreter ends. Closing twice does nothing.
+        """
+        with self._lock:
+            exports, self._exports, self._exporters = self._exports, None, []
+        if exports is None:
+            return
+        atexit.unregister(self.close)
+        self.metrics.stopped()
+        exports.close(timeout_s)
+
     def serve_metrics(self, port: int, addr: str = "127.0.0.1") -> MetricsServer:
         """Serve this monitor's metrics at `http://addr:port/metrics` from a thread; port 0 picks a free one.
 
         Raises OSError when the address cannot be bound.
         """
         return self.metrics.serve(port, addr)
+
+    def _begin_exports(self) -> None:
+        with self._lock:
+            if self._exports is not None or not self._exporters:
+                return
+            self._exports = Exports(self._exporters, self)
+            self._listeners.extend(self._exports.outboxes)
+            atexit.register(self.close)
+
+    def _flush_terminal(self) -> None:
+        """Before an exception leaves: what is behind the exporters knows of the ends of engines, or time is up."""
+        exports = self._exports
+        if exports is None:
+            return
+        until = time.monotonic() + FLUSH_S
+        # Another thread may be about to hand the same events to the exporters.
+        if self._delivering.acquire(timeout=FLUSH_S):
+            self._delivering.release()
+        self._deliver()
+        exports.flush(max(0.0, until - time.monotonic()), terminal_only=True)
 
     def _check(self, handle: Any, name: str, launch: str, probe: Probe | None, labels: dict[str, object]) -> None:
         if isinstance(handle, MonitoredEngine):
