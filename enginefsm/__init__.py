@@ -5,8 +5,9 @@ The functions of this module act on one monitor for the process; `EngineMonitor`
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
 from ray import ObjectRef
@@ -49,6 +50,7 @@ __all__ = [
 
 _lock = threading.Lock()
 _monitor: EngineMonitor | None = None
+_make_monitor: Callable[[], EngineMonitor] = functools.partial(EngineMonitor, export=None)
 
 
 def configure(
@@ -64,22 +66,28 @@ def configure(
     Raises RuntimeError when the present one has engines already: they would be lost to it. Raises ValueError when
     `ENGINEFSM_EXPORT` is asked, and cannot be understood.
     """
-    global _monitor
+    global _monitor, _make_monitor
     with _lock:
-        if _monitor is not None and _monitor.engines():
+        if _monitor is not None and _monitor.engines() and not _monitor.closed:
             raise RuntimeError("configure() comes before the first adopt(); the monitor has engines already")
         if _monitor is not None:
             _monitor.close()
-        _monitor = EngineMonitor(run, policy, listeners, export)
+        export = None if export is None else list(export)
+        make = functools.partial(EngineMonitor, run, policy, listeners, export)
+        _monitor, _make_monitor = make(), make
         return _monitor
 
 
 def default_monitor() -> EngineMonitor:
-    """The process's monitor."""
+    """The process's monitor. Once it is closed, as it is by `ray.shutdown()`, the next adopt() begins another."""
+    return _present_monitor(anew=False)
+
+
+def _present_monitor(*, anew: bool) -> EngineMonitor:
     global _monitor
     with _lock:
-        if _monitor is None:
-            _monitor = EngineMonitor(export=None)
+        if _monitor is None or (anew and _monitor.closed):
+            _monitor = _make_monitor()
         return _monitor
 
 
@@ -87,7 +95,7 @@ def adopt(
     handle: ActorHandle[Any], *, name: str, launch: str = "init", probe: Probe | None = None, **labels: object
 ) -> MonitoredEngine:
     """Take an engine actor under the process's monitor; see `EngineMonitor.adopt`."""
-    return default_monitor().adopt(handle, name=name, launch=launch, probe=probe, **labels)
+    return _present_monitor(anew=True).adopt(handle, name=name, launch=launch, probe=probe, **labels)
 
 
 def release(engine: MonitoredEngine) -> None:

@@ -12,6 +12,12 @@ from ray import ObjectRef
 from ray.actor import ActorHandle, ActorMethod, _ActorClassMethodMetadata
 
 
+def temp_dir() -> str:
+    """The directory under which Ray keeps its sessions on this node, its own Prometheus targets among them."""
+    node = ray._private.worker._global_node
+    return tempfile.gettempdir() if node is None else str(node.get_temp_dir_path())
+
+
 def actor_id(handle: ActorHandle[Any]) -> str:
     """The id of the handle's actor, in hex, as `RayActorError.actor_id` has it."""
     return str(handle._ray_actor_id.hex())
@@ -68,9 +74,3 @@ def method_name(method: ActorMethod) -> str:
 def signature(method: ActorMethod) -> inspect.Signature | None:
     """The method's signature without `self`."""
     return None if method._signature is None else inspect.Signature(method._signature)
-
-
-def temp_dir() -> str:
-    """The directory under which Ray keeps its sessions on this node, its own Prometheus targets among them."""
-    node = ray._private.worker._global_node
-    return tempfile.gettempdir() if node is None else str(node.get_temp_dir_path())

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import time
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from enginefsm.outcomes import Outcome
 from enginefsm.states import Transition
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class CallOutcome:
+class CallOutcome(NamedTuple):
     """One submission of a call was answered, or failed."""
 
     engine: str
@@ -26,7 +24,7 @@ class CallOutcome:
     """Whether the call was a probe."""
     incarnation: int = 1
     """Of the engine."""
-    at_s: float = dataclasses.field(default_factory=time.time)
+    at_s: float = 0.0
     """When: seconds since the epoch."""
 
 

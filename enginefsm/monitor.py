@@ -13,7 +13,7 @@ from typing import Any, overload
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
-from enginefsm import _ray_handles
+from enginefsm import _ray_handles, _ray_shutdown
 from enginefsm.awaiting import Await, Awaited, PlainRef
 from enginefsm.calls import Call
 from enginefsm.engine import MonitoredEngine, Probe
@@ -68,6 +68,8 @@ class EngineMonitor:
             self.metrics.expect_listener(listener)
         self._exporters = from_environment() if export is None else list(export)
         self._exports: Exports | None = None
+        self.closed = False
+        """Whether it has ended what it exported."""
 
     def adopt(
         self, handle: ActorHandle[Any], *, name: str, launch: str = "init", probe: Probe | None = None, **labels: object
@@ -190,13 +192,15 @@ class EngineMonitor:
         """End in good order: exporters are given what is left, `timeout_s` seconds at most, and that this is the end.
 
         Engines and their actors are not touched. What happens to them afterwards is not exported. Called by itself
-        when the interpreter ends. Closing twice does nothing.
+        when the interpreter ends, or Ray is shut down. Closing twice does nothing.
         """
         with self._lock:
             exports, self._exports, self._exporters = self._exports, None, []
         if exports is None:
             return
+        self.closed = True
         atexit.unregister(self.close)
+        _ray_shutdown.forget(self.close)
         self.metrics.stopped()
         exports.close(timeout_s)
 
@@ -214,6 +218,7 @@ class EngineMonitor:
             self._exports = Exports(self._exporters, self)
             self._listeners.extend(self._exports.outboxes)
             atexit.register(self.close)
+            _ray_shutdown.tell_before(self.close)
 
     def _flush_terminal(self) -> None:
         """Before an exception leaves: what is behind the exporters knows of the ends of engines, or time is up."""

@@ -8,8 +8,9 @@ Metrics text. The metrics are those of `enginefsm.metrics`, by the same names an
     Where several managers of a run have an engine of one name and group, the one that moved last is shown.
     A manager that ended, or was silent for `SILENT_S`, gives way to its successor: the engines of its groups are
     not shown any more once a manager of the same run that was first heard of after its last word has engines of them.
-    The heartbeat of a run is that of the manager which has been silent longest, of those that neither ended nor have
-    a successor; so one that vanishes among many is seen. The run's end is 0 until all have ended.
+    The heartbeat of a run is the newest of its managers that neither ended nor have a successor, if there are such.
+    The run's end is 0 until all without a successor have ended. One manager that vanishes among many is seen by its
+    `state` in the JSON.
 
 JSON, `GET /api/v1/fleet`, of one run with `?run=NAME`. All times are seconds; `..._s` that are points in time are
 since the epoch. Fields are added over time, and not taken away under the same `version`.
@@ -19,7 +20,7 @@ since the epoch. Fields are added over time, and not taken away under the same `
              "started_s": ..., "pid": 1, "node_ip": "...", "linger_s": 1800.0, "enginefsm": "0.1.0"},
      "runs": [                          # by name
        {"run": "glm-rl",
-        "state": "alive" | "silent" | "stopped",
+        "state": "alive" | "silent" | "stopped",                             # silent: a manager of it is
         "heartbeat_s": ..., "stopped_s": null or ...,
         "phases": {"glm-4.6": "in_progress" | "succeeded" | "failed"},      # by model
         "counts": {"launching": 0, "ready": 7, "unavailable": 0, "dead": 1},
@@ -262,7 +263,7 @@ class FleetTable:
         current = self._current(managers)
         going = [manager.report["heartbeat_s"] for manager in current if not manager.report["stopped_s"]]
         if going:
-            return min(going), 0.0
+            return max(going), 0.0
         return (
             max(manager.report["heartbeat_s"] for manager in current),
             max(manager.report["stopped_s"] for manager in current),
@@ -372,7 +373,7 @@ class _Entry:
             f'{name}="{_escaped(value)}"'
             for name, value in zip((*GROUP, "engine"), (*group, row["engine"]), strict=True)
         )
-        since = repr(row["since_s"])
+        since = f"{row['since_s']:.3f}"
         states = "".join(
             f'enginefsm_engine_state{{{labels},state="{state}"}} {int(state == row["state"])}\n'
             for state in EngineState

@@ -126,7 +126,7 @@ class Hub:
 
     def close(self) -> None:
         """Let go of the hub, which stays."""
-        self._hub = self._unanswered = None
+        self._hub = self._unanswered = self._starting_since = None
 
     def _report(self, fleet: Fleet, batch: Batch, *, full: bool) -> Answer:
         if self._hub is None:

@@ -83,6 +83,10 @@ class EventLog:
 
     def close(self) -> None:
         """Close the file."""
+        self._close_file()
+        self._began = self._ended = False
+
+    def _close_file(self) -> None:
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -100,7 +104,7 @@ class EventLog:
             if to_disk:
                 os.fsync(self._file)
         except OSError:
-            self.close()
+            self._close_file()
             raise
 
     def _line_break(self) -> bytes:

@@ -70,7 +70,7 @@ class Batch:
 
 
 class Exporter(Protocol):
-    """Takes batches somewhere. Used by one thread at a time, and by one monitor only."""
+    """Takes batches somewhere. Used by one thread, for one monitor; after `close` for another."""
 
     sink: str
     """Its name on the metrics of exporters."""
