@@ -1,6 +1,7 @@
 """Builds the Grafana dashboards: `python dashboards/build.py` writes dashboards/grafana/*.json.
 
 Written against the Grafana Foundation SDK as pinned in pyproject.toml. What is asked of Prometheus is in queries.py.
+In the classic schema, which every Grafana imports and provisions; the SDK prefers the one that began with Grafana 12.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ def over_time(expr: str, legend: str, ref: str = "A") -> prometheus.Dataquery:
 
 def place(panel: Drawn, title: str, description: str, unit: str, width: int, height: int) -> Drawn:
     """What every panel has."""
-    return panel.title(title).description(description).unit(unit).datasource(SOURCE).span(width).height(height)
+    panel.title(title).description(description).unit(unit).datasource(SOURCE).span(width).height(height)
+    # What is shown of the present alone looks back over the whole time as well, where a run is gone: in steps of this.
+    return panel.max_data_points(100) if isinstance(panel, stat.Panel | table.Panel | bargauge.Panel) else panel
 
 
 def coded(
@@ -429,7 +432,7 @@ def runs() -> dashboard.Dashboard:
             number("Given up", "Of the dead, those whose bounds were spent.", q.given_up(), width=4), RED
         ),
         bad_above_zero(
-            number("Alerts", "Alerts of enginefsm that are firing.", f"count({firing}) or vector(0)", width=4), RED
+            number("Firing", "Alerts of enginefsm that are firing.", f"count({firing}) or vector(0)", width=4), RED
         ),
     ):  # fmt: skip
         built.with_panel(panel)

@@ -29,8 +29,9 @@ def write(out: Path, *, force: bool = False, runbooks_url: str | None = None) ->
     try:
         for path, text in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            linked = text if runbooks_url is None else text.replace(f"runbook_url: {RUNBOOKS}", f"runbook_url: {runbooks_url}")
-            path.write_text(linked, encoding="utf-8")
+            if runbooks_url is not None:
+                text = text.replace(f"runbook_url: {RUNBOOKS}", f"runbook_url: {runbooks_url}")
+            path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise DashboardFilesError(f"cannot write to {out}: {error.strerror}: {error.filename}") from error
     return list(files)

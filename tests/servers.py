@@ -151,12 +151,13 @@ class Webhook:
     def wait_for(self, name, timeout_s=60.0, status="firing", **labels):
         """The first alert `name` with these labels."""
 
-        def first():
-            return next((a for a in self.alerts if a["status"] == status and a["labels"].items() >= wanted.items()), None)
+        wanted = {"alertname": name, **labels}.items()
 
-        wanted = {"alertname": name, **labels}
+        def first():
+            return next((a for a in self.alerts if a["status"] == status and a["labels"].items() >= wanted), None)
+
         with self.came:
-            assert self.came.wait_for(first, timeout_s), f"no {wanted} in {timeout_s} s; came: {self.alerts}"
+            assert self.came.wait_for(first, timeout_s), f"no {dict(wanted)} in {timeout_s} s; came: {self.alerts}"
             return first()
 
 
