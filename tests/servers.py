@@ -11,6 +11,7 @@ import json
 import socket
 import subprocess
 import threading
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -145,7 +146,7 @@ class Webhook:
 
     def take(self, message):
         with self.came:
-            self.alerts += message["alerts"]
+            self.alerts += [alert | {"came_s": time.time()} for alert in message["alerts"]]
             self.came.notify_all()
 
     def wait_for(self, name, timeout_s=60.0, status="firing", **labels):
