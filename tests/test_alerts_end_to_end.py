@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -54,7 +53,7 @@ ENDINGS = {
 
 
 class Manager:
-    """Brings two engines up. One is cut off and its bounds are spent; then the manager ends, with no time for anything."""
+    """Brings two engines up. One is cut off, its bounds are spent, and the manager ends, with no time for more."""
 
     def __init__(self, run, directory, engines, end):
         monitor = enginefsm.EngineMonitor(run, enginefsm.RetryPolicy(max_attempts=0), export=None)
