@@ -18,6 +18,16 @@ def temp_dir() -> str:
     return tempfile.gettempdir() if node is None else str(node.get_temp_dir_path())
 
 
+def actor_instance() -> Any | None:
+    """The actor in whose process this is; None elsewhere."""
+    return next(iter(ray._private.worker.global_worker.actors.values()), None)
+
+
+def ended_jobs() -> dict[str, float]:
+    """The jobs of the cluster whose drivers are gone, by id, with the time of that in seconds since the epoch."""
+    return {job["JobID"]: job["EndTime"] / 1000 for job in ray._private.state.jobs() if job["IsDead"]}
+
+
 def actor_id(handle: ActorHandle[Any]) -> str:
     """The id of the handle's actor, in hex, as `RayActorError.actor_id` has it."""
     return str(handle._ray_actor_id.hex())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import collections
 import logging
 import threading
@@ -13,7 +12,7 @@ from typing import Any, overload
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
-from enginefsm import _ray_handles, _ray_shutdown
+from enginefsm import _ends, _ray_handles
 from enginefsm.awaiting import Await, Awaited, PlainRef
 from enginefsm.calls import Call
 from enginefsm.engine import MonitoredEngine, Probe
@@ -192,15 +191,15 @@ class EngineMonitor:
         """End in good order: exporters are given what is left, `timeout_s` seconds at most, and that this is the end.
 
         Engines and their actors are not touched. What happens to them afterwards is not exported. Called by itself
-        when the interpreter ends, or Ray is shut down. Closing twice does nothing.
+        when Ray is shut down or the interpreter ends, or, in an actor, when Ray lets the actor end; not when the
+        process is killed, as Ray does to the actors of a job that ends. Closing twice does nothing.
         """
         with self._lock:
             exports, self._exports, self._exporters = self._exports, None, []
         if exports is None:
             return
         self.closed = True
-        atexit.unregister(self.close)
-        _ray_shutdown.forget(self.close)
+        _ends.forget(self.close)
         self.metrics.stopped()
         exports.close(timeout_s)
 
@@ -217,8 +216,7 @@ class EngineMonitor:
                 return
             self._exports = Exports(self._exporters, self)
             self._listeners.extend(self._exports.outboxes)
-            atexit.register(self.close)
-            _ray_shutdown.tell_before(self.close)
+        _ends.tell_before(self.close)
 
     def _flush_terminal(self) -> None:
         """Before an exception leaves: what is behind the exporters knows of the ends of engines, or time is up."""

@@ -10,7 +10,8 @@ Metrics text. The metrics are those of `enginefsm.metrics`, by the same names an
     not shown any more once a manager of the same run that was first heard of after its last word has engines of them.
     The heartbeat of a run is the newest of its managers that neither ended nor have a successor, if there are such.
     The run's end is 0 until all without a successor have ended. One manager that vanishes among many is seen by its
-    `state` in the JSON.
+    `state` in the JSON. Ray kills the actors of a job that ends: a manager in an actor that falls silent once its job
+    has ended is taken for stopped.
 
 JSON, `GET /api/v1/fleet`, of one run with `?run=NAME`. All times are seconds; `..._s` that are points in time are
 since the epoch. Fields are added over time, and not taken away under the same `version`.
@@ -93,6 +94,8 @@ class Report(TypedDict, total=False):
     gone: Required[list[str]]
     """Engines that are no longer there."""
     counts: Required[Counts]
+    job: Required[str]
+    """The Ray job in whose actor the manager is, as whose driver ends it is killed; "" where it is a driver's own."""
     started_s: Required[float]
     heartbeat_s: Required[float]
     stopped_s: Required[float]
@@ -180,6 +183,23 @@ class FleetTable:
         """How long ago the last report came, of any manager; since the table was made, if none came."""
         with self._lock:
             return self._clock() - self._heard_at
+
+    def silent_jobs(self) -> set[str]:
+        """The jobs of actors whose managers are silent, and did not say why."""
+        with self._lock:
+            return {
+                manager.report["job"]
+                for manager in self._managers.values()
+                if manager.report["job"] and not manager.report["stopped_s"] and self._has_ended(manager)
+            }
+
+    def end_jobs(self, ended: Mapping[str, float]) -> None:
+        """Take the silent managers in actors of these jobs for ended with their job, at the time given for it."""
+        with self._lock:
+            for manager in self._managers.values():
+                report = manager.report
+                if report["job"] in ended and not report["stopped_s"] and self._has_ended(manager):
+                    manager.report = {**report, "stopped_s": ended[report["job"]]}
 
     def forget(self, after_s: float) -> None:
         """Forget managers that have not been heard of for so long. What they counted stays while their run goes on."""
@@ -343,8 +363,7 @@ class _Manager:
             self.entries[entry.row["engine"]] = entry
         if changed:
             self.groups = {entry.group for entry in self.entries.values()}
-        self.report = report
-        report["rows"] = []  # they are in the entries
+        self.report = {**report, "rows": []}  # they are in the entries
         return changed
 
 

@@ -109,6 +109,7 @@ class Hub:
         self._hub: ActorHandle[Any] | None = None
         self._unanswered: ObjectRef[Any] | None = None
         self._starting_since: float | None = None
+        self._problem: str | None = None  # of the hub, when it answered last
         self._host = socket.gethostname()
 
     def send(self, fleet: Fleet, batch: Batch) -> None:
@@ -120,13 +121,16 @@ class Hub:
         answer = self._report(fleet, batch, full=batch.seq == 1 or batch.dropped > 0)
         if not answer["known"]:
             answer = self._report(fleet, batch, full=True)
-        if answer["problem"]:
-            logger.debug("the hub has what was sent, but %s", answer["problem"])
+        problem, told = answer["problem"], self._problem
+        self._problem = problem
+        if problem is not None:
             fleet.metrics.exporter_failed(self.sink)
+            if problem != told:
+                logger.warning("export to hub: it has what was sent, but %s", problem)
 
     def close(self) -> None:
         """Let go of the hub, which stays."""
-        self._hub = self._unanswered = self._starting_since = None
+        self._hub = self._unanswered = self._starting_since = self._problem = None
 
     def _report(self, fleet: Fleet, batch: Batch, *, full: bool) -> Answer:
         if self._hub is None:
@@ -163,6 +167,7 @@ def _report(fleet: Fleet, batch: Batch, host: str, *, full: bool) -> Report:
         engines = [engine for engine in found.values() if engine is not None]
         gone = [name for name, engine in found.items() if engine is None]
     ours, rays = versions()
+    job = "" if _ray_handles.actor_instance() is None else ray.get_runtime_context().get_job_id()
     return {
         "protocol": PROTOCOL,
         "run": batch.run,
@@ -172,6 +177,7 @@ def _report(fleet: Fleet, batch: Batch, host: str, *, full: bool) -> Report:
         "rows": [row(engine.snapshot()) for engine in engines],
         "gone": gone,
         "counts": counts(fleet.metrics.collect_counts()),
+        "job": job,
         "started_s": batch.started_s,
         "heartbeat_s": time.time(),
         "stopped_s": batch.stopped_s,
@@ -305,6 +311,8 @@ class HubActor:
             time.sleep(min(BIND_AGAIN_S, max(0.01, linger_s - self._table.silent_for_s())))
             if self._problem is not None:
                 self._listen()
+            if self._table.silent_jobs():
+                self._table.end_jobs(_ended_jobs())
             self._table.forget(linger_s)
         self._end()
 
@@ -318,6 +326,14 @@ class HubActor:
                 if self._file_sd.read_bytes() == self._entry:  # else it is another hub's by now
                     self._file_sd.unlink()
         ray.kill(self._self)
+
+
+def _ended_jobs() -> dict[str, float]:
+    try:
+        return _ray_handles.ended_jobs()
+    except Exception:  # Ray raises what it likes for a GCS that is away; asked again soon
+        logger.debug("Ray does not say which jobs have ended", exc_info=True)
+        return {}
 
 
 class _Server(http.server.ThreadingHTTPServer):
