@@ -5,8 +5,9 @@ The functions of this module act on one monitor for the process; `EngineMonitor`
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
 from ray import ObjectRef
@@ -16,6 +17,7 @@ from enginefsm.calls import Call
 from enginefsm.engine import MonitoredEngine, Probe
 from enginefsm.errors import ActorRestartedError, LaunchDeadlineError, RetryExhaustedError
 from enginefsm.events import CallOutcome, Event, Listener
+from enginefsm.export import Exporter
 from enginefsm.metrics import MetricsServer
 from enginefsm.monitor import EngineMonitor
 from enginefsm.outcomes import Outcome, classify
@@ -48,27 +50,44 @@ __all__ = [
 
 _lock = threading.Lock()
 _monitor: EngineMonitor | None = None
+_make_monitor: Callable[[], EngineMonitor] = functools.partial(EngineMonitor, export=None)
 
 
-def configure(run: str = "", policy: RetryPolicy | None = None, listeners: Sequence[Listener] = ()) -> EngineMonitor:
-    """Set up the process's monitor; without it there is one with the defaults.
+def configure(
+    run: str = "",
+    policy: RetryPolicy | None = None,
+    listeners: Sequence[Listener] = (),
+    export: Iterable[Exporter] | None = None,
+) -> EngineMonitor:
+    """Set up the process's monitor; without it there is one with the defaults. See `EngineMonitor` for the arguments.
 
-    Raises RuntimeError when the present one has engines already: they would be lost to it.
+    By default it exports as the environment variable `ENGINEFSM_EXPORT` says, to the hub if that says nothing.
+
+    Raises RuntimeError when the present one has engines already: they would be lost to it. Raises ValueError when
+    `ENGINEFSM_EXPORT` is asked, and cannot be understood.
     """
-    global _monitor
+    global _monitor, _make_monitor
     with _lock:
-        if _monitor is not None and _monitor.engines():
+        if _monitor is not None and _monitor.engines() and not _monitor.closed:
             raise RuntimeError("configure() comes before the first adopt(); the monitor has engines already")
-        _monitor = EngineMonitor(run, policy, listeners)
+        if _monitor is not None:
+            _monitor.close()
+        export = None if export is None else list(export)
+        make = functools.partial(EngineMonitor, run, policy, listeners, export)
+        _monitor, _make_monitor = make(), make
         return _monitor
 
 
 def default_monitor() -> EngineMonitor:
-    """The process's monitor."""
+    """The process's monitor. Once it is closed, as it is by `ray.shutdown()`, the next adopt() begins another."""
+    return _present_monitor(anew=False)
+
+
+def _present_monitor(*, anew: bool) -> EngineMonitor:
     global _monitor
     with _lock:
-        if _monitor is None:
-            _monitor = EngineMonitor()
+        if _monitor is None or (anew and _monitor.closed):
+            _monitor = _make_monitor()
         return _monitor
 
 
@@ -76,7 +95,7 @@ def adopt(
     handle: ActorHandle[Any], *, name: str, launch: str = "init", probe: Probe | None = None, **labels: object
 ) -> MonitoredEngine:
     """Take an engine actor under the process's monitor; see `EngineMonitor.adopt`."""
-    return default_monitor().adopt(handle, name=name, launch=launch, probe=probe, **labels)
+    return _present_monitor(anew=True).adopt(handle, name=name, launch=launch, probe=probe, **labels)
 
 
 def release(engine: MonitoredEngine) -> None:

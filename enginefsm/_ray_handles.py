@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import inspect
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
+import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle, ActorMethod, _ActorClassMethodMetadata
+
+
+def temp_dir() -> str:
+    """The directory under which Ray keeps its sessions on this node, its own Prometheus targets among them."""
+    node = ray._private.worker._global_node
+    return tempfile.gettempdir() if node is None else str(node.get_temp_dir_path())
+
+
+def actor_instance() -> Any | None:
+    """The actor in whose process this is; None elsewhere."""
+    return next(iter(ray._private.worker.global_worker.actors.values()), None)
+
+
+def ended_jobs() -> dict[str, float]:
+    """The jobs of the cluster whose drivers are gone, by id, with the time of that in seconds since the epoch."""
+    return {job["JobID"]: job["EndTime"] / 1000 for job in ray._private.state.jobs() if job["IsDead"]}
 
 
 def actor_id(handle: ActorHandle[Any]) -> str:

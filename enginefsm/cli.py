@@ -107,7 +107,33 @@ def _demo(arguments: argparse.Namespace) -> int:
         raise UsageError(str(error)) from error
 
 
-COMMANDS: tuple[Callable[[Subparsers], None], ...] = (_add_demo,)
+def _add_dashboards(subparsers: Subparsers) -> None:
+    parser = _add_command(
+        subparsers, "dashboards", _dashboards,
+        "Write Grafana dashboards, Prometheus alert rules with their tests, runbooks, and example configurations.",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write; made if need be")
+    parser.add_argument("--force", action="store_true", help="overwrite files that are there")
+    parser.add_argument(
+        "--runbooks-url", default=argparse.SUPPRESS, metavar="URL",
+        help="where your team reads runbooks.md: the alerts link there (default: the bare name of the file)",
+    )  # fmt: skip
+
+
+def _dashboards(arguments: argparse.Namespace) -> int:
+    from enginefsm import dashboard_files
+
+    try:
+        written = dashboard_files.write(
+            arguments.out, force=arguments.force, runbooks_url=getattr(arguments, "runbooks_url", None)
+        )
+    except dashboard_files.DashboardFilesError as error:
+        raise UsageError(str(error)) from error
+    sys.stdout.writelines(f"{path}\n" for path in written)
+    return OK
+
+
+COMMANDS: tuple[Callable[[Subparsers], None], ...] = (_add_demo, _add_dashboards)
 
 if __name__ == "__main__":
     sys.exit(main())

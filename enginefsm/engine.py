@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 import threading
@@ -22,6 +23,23 @@ PLAIN_REFS_KEPT = 100  # an engine
 
 Probe = str | Callable[[Any], Any]
 """A method of the actor, by name, or a function of the actor instance, that says whether the launch succeeded."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EngineSnapshot:
+    """One engine at one moment: what is said here was true together."""
+
+    engine: str
+    labels: Mapping[str, str]
+    incarnation: int
+    actor_id: str
+    state: EngineState
+    reason: Reason
+    since_s: float
+    """When it entered the state, in seconds since the epoch."""
+    spent_s: Mapping[EngineState, float]
+    """Seconds spent in each state that it left, before `since_s`."""
+    ever_ready: bool
 
 
 class MonitoredEngine:
@@ -147,6 +165,15 @@ class MonitoredEngine:
         """Seconds spent in each state so far."""
         with self._lock:
             return self._record.time_in_states(time.monotonic())
+
+    def snapshot(self) -> EngineSnapshot:
+        """The engine as it is now."""
+        with self._lock:
+            record = self._record
+            return EngineSnapshot(
+                record.name, record.labels, record.incarnation, self.actor_id, EngineState(record.state),
+                record.reason, record.since_epoch_s, dict(record.spent), record.ever_ready,
+            )  # fmt: skip
 
     def describe(self) -> str:
         """The engine in one line: name, labels, incarnation, and the time in each state."""

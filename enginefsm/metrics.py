@@ -7,6 +7,7 @@ at the scrape: keeping it would cost several kB an engine.
 from __future__ import annotations
 
 import collections
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,6 +34,15 @@ UNAVAILABLE_BUCKETS_S = (0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
 PROBE_BUCKETS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 300)
 
 REAWAIT_RESULTS = ("answered", "unavailable", "failed")
+PHASES = ("in_progress", "succeeded", "failed")
+
+PER_ENGINE: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "engine_state": ("1 for the state that the engine is in.", (*ENGINE, "state")),
+    "engine_state_since_timestamp_seconds": ("When the engine entered its state.", ENGINE),
+    "engine_info": ("The engine's actor.", (*ENGINE, "node", "actor_id", "incarnation")),
+    "retry_exhausted_timestamp_seconds": ("When the engine was given up, its bounds spent.", (*ENGINE, "reason")),
+}
+"""The gauges of single engines: what each says, and its labels."""
 
 
 class EngineView(Protocol):
@@ -83,7 +93,12 @@ class FleetMetrics(Collector):
             (*GROUP, "method", "result"),
         )  # fmt: skip
         self._exhausted = counter("retry_exhausted", "Engines given up, their bounds spent.", (*GROUP, "reason"))
-        self._export_errors = counter("export_errors", "Events that a listener failed on.", ("run", "sink"))
+        self._export_errors = counter(
+            "export_errors", "Failures of exporters, and events that a listener failed on.", ("run", "sink")
+        )
+        self._events_dropped = counter(
+            "events_dropped", "Events that an exporter never got: too many were waiting for it.", ("run", "sink")
+        )
         self._launch_duration = histogram(
             "launch_duration", "From adoption to the end of the launch method.", GROUP, LAUNCH_BUCKETS_S
         )
@@ -95,7 +110,7 @@ class FleetMetrics(Collector):
         )
         self._kept: tuple[Collector, ...] = (
             self._transitions, self._outcomes, self._reawaits, self._exhausted, self._export_errors,
-            self._launch_duration, self._unavailable_duration, self._probe_duration,
+            self._events_dropped, self._launch_duration, self._unavailable_duration, self._probe_duration,
         )  # fmt: skip
         self.registry.register(self)
 
@@ -164,6 +179,24 @@ class FleetMetrics(Collector):
         """Count a listener that raised."""
         self._export_errors.labels(self._run, _sink(listener)).inc()
 
+    def expect_exporter(self, sink: str) -> None:
+        """Begin to count, at 0, the failures of an exporter, and the events that it is never given."""
+        self._export_errors.labels(self._run, sink)
+        self._events_dropped.labels(self._run, sink)
+
+    def exporter_failed(self, sink: str) -> None:
+        """Count a failure of an exporter."""
+        self._export_errors.labels(self._run, sink).inc()
+
+    def event_dropped(self, sink: str) -> None:
+        """Count an event that an exporter is never given."""
+        self._events_dropped.labels(self._run, sink).inc()
+
+    @property
+    def stopped_at_s(self) -> float:
+        """When the monitor ended in good order, in seconds since the epoch; 0 while it has not."""
+        return self._stopped_at_s
+
     def stopped(self) -> None:
         """The monitor ends in good order."""
         self._stopped_at_s = time.time()
@@ -178,24 +211,18 @@ class FleetMetrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Everything, as Prometheus scrapes it."""
+        yield from self.collect_counts()
+        yield from self._collect_engines()
+        run: tuple[str, ...] = (self._run,)
+        yield from monitor_gauges({run: time.time()}, {run: self._stopped_at_s}, {(*run, *versions()): 1.0})
+
+    def collect_counts(self) -> Iterator[Metric]:
+        """What is counted over the monitor's life: those of several monitors add up."""
         for kept in self._kept:
             for metric in kept.collect():
                 # When a counter was created says when it was first used, which helps nobody here.
                 metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
                 yield metric
-        yield from self._collect_engines()
-        yield _gauge(
-            "monitor_heartbeat_timestamp_seconds", "When the monitor was last alive.", ("run",),
-            {(self._run,): time.time()},
-        )  # fmt: skip
-        yield _gauge(
-            "monitor_stopped_timestamp_seconds", "When the monitor ended in good order; 0 while it has not.", ("run",),
-            {(self._run,): self._stopped_at_s},
-        )  # fmt: skip
-        yield _gauge(
-            "monitor_info", "The monitor's versions.", ("run", "version", "ray_version"),
-            {(self._run, version("enginefsm"), ray.__version__): 1.0},
-        )  # fmt: skip
 
     def _collect_engines(self) -> Iterator[Metric]:
         state: dict[tuple[str, ...], float] = {}
@@ -215,22 +242,42 @@ class FleetMetrics(Collector):
                 exhausted[*key, engine.reason] = engine.state_since
             expected[group] += 1
             bringups.setdefault(group[1], []).append(engine)
-        yield _gauge("engine_state", "1 for the state that the engine is in.", (*ENGINE, "state"), state)
-        yield _gauge("engine_state_since_timestamp_seconds", "When the engine entered its state.", ENGINE, since)
-        yield _gauge("engine_info", "The engine's actor.", (*ENGINE, "node", "actor_id", "incarnation"), info)
-        yield _gauge(
-            "retry_exhausted_timestamp_seconds", "When the engine was given up, its bounds spent.",
-            (*ENGINE, "reason"), exhausted,
-        )  # fmt: skip
-        yield _gauge("engines_expected", "Engines adopted and not released.", GROUP, expected)
-        yield _gauge(
-            "bringup_phase", "1 for the phase that the bringup is in.", ("run", "model", "phase"),
-            {
-                (self._run, model, phase): float(phase == _phase(engines))
-                for model, engines in bringups.items()
-                for phase in ("in_progress", "succeeded", "failed")
-            },
-        )  # fmt: skip
+        for name, values in (
+            ("engine_state", state),
+            ("engine_state_since_timestamp_seconds", since),
+            ("engine_info", info),
+            ("retry_exhausted_timestamp_seconds", exhausted),
+        ):
+            text, labels = PER_ENGINE[name]
+            yield _gauge(name, text, labels, values)
+        yield from bringup_gauges(expected, {(self._run, model): phase(of) for model, of in bringups.items()})
+
+
+def bringup_gauges(
+    expected: Mapping[tuple[str, ...], float], phases: Mapping[tuple[str, ...], str]
+) -> Iterator[Metric]:
+    """The gauges of bringups: how many engines each group has, and the phase of each (run, model)."""
+    yield _gauge("engines_expected", "Engines adopted and not released.", GROUP, expected)
+    values = {(*key, one): float(one == now_in) for key, now_in in phases.items() for one in PHASES}
+    yield _gauge("bringup_phase", "1 for the phase that the bringup is in.", ("run", "model", "phase"), values)
+
+
+def monitor_gauges(
+    heartbeat: Mapping[tuple[str, ...], float],
+    stopped: Mapping[tuple[str, ...], float],
+    info: Mapping[tuple[str, ...], float],
+) -> Iterator[Metric]:
+    """The gauges of monitors: heartbeat and end of each (run,), and 1 for each (run, version, ray_version)."""
+    yield _gauge("monitor_heartbeat_timestamp_seconds", "When the monitor was last alive.", ("run",), heartbeat)
+    text = "When the monitor ended in good order; 0 while it has not."
+    yield _gauge("monitor_stopped_timestamp_seconds", text, ("run",), stopped)
+    yield _gauge("monitor_info", "The monitor's versions.", ("run", "version", "ray_version"), info)
+
+
+@functools.cache
+def versions() -> tuple[str, str]:
+    """The versions of enginefsm and of Ray."""
+    return version("enginefsm"), ray.__version__
 
 
 def _gauge(name: str, text: str, labels: Sequence[str], values: Mapping[tuple[str, ...], float]) -> Metric:
@@ -240,11 +287,21 @@ def _gauge(name: str, text: str, labels: Sequence[str], values: Mapping[tuple[st
     return family
 
 
-def _phase(engines: Sequence[EngineView]) -> str:
+class LaunchView(Protocol):
+    """What says how a bringup goes."""
+
+    @property
+    def state(self) -> EngineState: ...  # noqa: D102
+    @property
+    def ever_ready(self) -> bool: ...  # noqa: D102
+
+
+def phase(engines: Iterable[LaunchView]) -> str:
     """Failed once an engine died before it was ever ready; succeeded when all have been ready."""
-    if any(engine.state is EngineState.DEAD and not engine.ever_ready for engine in engines):
+    never_ready = [engine for engine in engines if not engine.ever_ready]
+    if any(engine.state is EngineState.DEAD for engine in never_ready):
         return "failed"
-    return "succeeded" if all(engine.ever_ready for engine in engines) else "in_progress"
+    return "in_progress" if never_ready else "succeeded"
 
 
 def _sink(listener: object) -> str:

@@ -12,19 +12,17 @@ from typing import Any, overload
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
-from enginefsm import _ray_handles
+from enginefsm import _ends, _ray_handles
 from enginefsm.awaiting import Await
 from enginefsm.calls import Awaited, Call
 from enginefsm.engine import MonitoredEngine, Probe
 from enginefsm.events import Event, Listener
+from enginefsm.export import FLUSH_S, Exporter, Exports, from_environment
 from enginefsm.metrics import FleetMetrics, MetricsServer
 from enginefsm.policy import RetryPolicy
 from enginefsm.states import EngineRecord, EngineState, Reason, Transition
 
 logger = logging.getLogger("enginefsm")
-
-# How long a get that ends waits for another thread's delivery of what it had to tell.
-PATIENCE_S = 2.0
 
 _RESERVED_LABELS = frozenset({"run", "engine", "state", "incarnation", "actor_id"})
 
@@ -34,10 +32,25 @@ class EngineMonitor:
 
     Thread-safe. Listeners are called one event at a time, in order, outside every lock; one that raises is logged
     and counted, and costs the fleet nothing else. One that blocks, blocks whoever moved the engine: a listener that
-    has something slow to do hands it to a thread of its own.
+    has something slow to do hands it to a thread of its own, as the exporters do.
+
+    Args:
+        run: The name of the training run, on every metric.
+        policy: By default, `RetryPolicy()`.
+        listeners: Called with every event.
+        export: The exporters (see `enginefsm.export`), which begin with the first engine; None for what the
+            environment variable `ENGINEFSM_EXPORT` says, by default the hub.
+
+    Raises ValueError when `ENGINEFSM_EXPORT` is asked, and cannot be understood.
     """
 
-    def __init__(self, run: str = "", policy: RetryPolicy | None = None, listeners: Iterable[Listener] = ()) -> None:
+    def __init__(
+        self,
+        run: str = "",
+        policy: RetryPolicy | None = None,
+        listeners: Iterable[Listener] = (),
+        export: Iterable[Exporter] | None = (),
+    ) -> None:
         self.run = run
         """The name of the training run, on every metric."""
         self.policy = policy or RetryPolicy()
@@ -55,6 +68,10 @@ class EngineMonitor:
         self._listeners: list[Listener] = [_log, self.metrics, *listeners]
         for listener in self._listeners:
             self.metrics.expect_listener(listener)
+        self._exporters = from_environment() if export is None else list(export)
+        self._exports: Exports | None = None
+        self.closed = False
+        """Whether it has ended what it exported."""
 
     def adopt(
         self, handle: ActorHandle[Any], *, name: str, launch: str = "init", probe: Probe | None = None, **labels: object
@@ -77,6 +94,7 @@ class EngineMonitor:
         """
         self._check(handle, name, launch, probe, labels)
         actor_id = _ray_handles.actor_id(handle)
+        self._begin_exports()
         with self._lock:
             known = self._engines.get(actor_id)
             if known is not None:
@@ -119,6 +137,11 @@ class EngineMonitor:
         with self._lock:
             return list(self._engines.values())
 
+    def engine(self, name: str) -> MonitoredEngine | None:
+        """The newest engine of that name, dead or not; None when there is none, or it was released."""
+        with self._lock:
+            return self._by_name.get(name)
+
     @overload
     def get(self, calls: Call | ObjectRef[Any], timeout: float | None = None) -> Any: ...
 
@@ -153,8 +176,10 @@ class EngineMonitor:
         awaited = [self._awaited(one) for one in given]
         try:
             values = Await(awaited, self.policy, self.engines, self._events.append).run(timeout, self._deliver)
-        finally:
-            self._deliver(patience_s=PATIENCE_S)
+        except Exception:
+            self._flush_terminal()
+            raise
+        self._deliver(patience_s=FLUSH_S)
         results = [values[one] for one in awaited]
         return results if several else results[0]
 
@@ -163,12 +188,51 @@ class EngineMonitor:
         self.metrics.expect_listener(listener)
         self._listeners.append(listener)
 
+    def flush(self, timeout_s: float = FLUSH_S) -> bool:
+        """Wait until the exporters have everything up to now, `timeout_s` seconds at most; says whether they have."""
+        exports = self._exports
+        return exports is None or exports.flush(timeout_s)
+
+    def close(self, timeout_s: float = FLUSH_S) -> None:
+        """End in good order: exporters are given what is left, `timeout_s` seconds at most, and that this is the end.
+
+        Engines and their actors are not touched. What happens to them afterwards is not exported. Called by itself
+        when Ray is shut down or the interpreter ends, or, in an actor, when Ray lets the actor end; not when the
+        process is killed, as Ray does to the actors of a job that ends. Closing twice does nothing.
+        """
+        with self._lock:
+            exports, self._exports, self._exporters = self._exports, None, []
+        if exports is None:
+            return
+        self.closed = True
+        _ends.forget(self.close)
+        self.metrics.stopped()
+        exports.close(timeout_s)
+
     def serve_metrics(self, port: int, addr: str = "127.0.0.1") -> MetricsServer:
         """Serve this monitor's metrics at `http://addr:port/metrics` from a thread; port 0 picks a free one.
 
         Raises OSError when the address cannot be bound.
         """
         return self.metrics.serve(port, addr)
+
+    def _begin_exports(self) -> None:
+        with self._lock:
+            if self._exports is not None or not self._exporters:
+                return
+            self._exports = Exports(self._exporters, self)
+            self._listeners.extend(self._exports.outboxes)
+        _ends.tell_before(self.close)
+
+    def _flush_terminal(self) -> None:
+        """Before an exception leaves: listeners, and what is behind exporters, know of the ends of engines.
+
+        Or time is up: 2 s for all of it.
+        """
+        until = time.monotonic() + FLUSH_S
+        self._deliver(patience_s=FLUSH_S)
+        if self._exports is not None:
+            self._exports.flush(max(0.0, until - time.monotonic()), terminal_only=True)
 
     def _check(self, handle: Any, name: str, launch: str, probe: Probe | None, labels: dict[str, object]) -> None:
         if isinstance(handle, MonitoredEngine):

@@ -1,0 +1,73 @@
+"""Word of the end beforehand, while Ray can still be called: for who has something to send, and threads that call Ray.
+
+There are three ends in good order:
+
+- `ray.shutdown()`. Ray ends the process, with exit code 1 and no exception, when a thread is in a call of Ray's
+  meanwhile ("The core worker has already been shutdown ... The process will exit"). Such a thread has to end first, and
+  Ray has no hook for that: so `ray.shutdown` is wrapped, once there is someone to be told.
+- The end of an actor that Ray lets end (`exit_actor()`, the last handle gone): Ray calls its `__ray_shutdown__`. When
+  its atexit handlers run, Ray cannot be called any more, and to try ends the process before the rest of them.
+- The end of any other interpreter: atexit.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+from enginefsm import _ray_handles
+
+_lock = threading.Lock()
+_told: list[Callable[[], object]] = []
+
+
+def tell_before(act: Callable[[], object]) -> None:
+    """Have `act` called, once, before the end. It must not raise."""
+    with _lock:
+        _told.append(act)
+        if getattr(ray.shutdown, "__name__", "") != _MARK:
+            ray.shutdown = _first_tell(ray.shutdown)
+        actor = _ray_handles.actor_instance()
+        if actor is None:
+            atexit.unregister(_tell)
+            atexit.register(_tell)
+        elif getattr(getattr(actor, "__ray_shutdown__", None), "__name__", "") != _MARK:
+            with contextlib.suppress(AttributeError):  # an actor with slots: its end goes untold
+                actor.__ray_shutdown__ = _first_tell(getattr(actor, "__ray_shutdown__", None))
+
+
+def forget(act: Callable[[], object]) -> None:
+    """Have `act` not called any more."""
+    with _lock:
+        if act in _told:
+            _told.remove(act)
+
+
+def _tell() -> None:
+    with _lock:
+        told, _told[:] = list(_told), []
+    for act in told:
+        act()
+
+
+_MARK = "enginefsm_tells_first"
+
+
+def _first_tell(end: Callable[..., Any] | None) -> Callable[..., Any]:
+    def enginefsm_tells_first(*args: Any, **kwargs: Any) -> Any:
+        try:
+            _tell()
+        finally:
+            result = None if end is None else end(*args, **kwargs)
+        return result
+
+    if end is not None:
+        functools.update_wrapper(enginefsm_tells_first, end)
+    enginefsm_tells_first.__name__ = _MARK
+    return enginefsm_tells_first

@@ -1,0 +1,383 @@
+"""The hub: a detached, named Ray actor that outlives the bringups whose metrics it serves; and its exporter.
+
+It serves, over HTTP and by GET only:
+    /metrics        what `enginefsm.export.fleet` says, in Prometheus's text format
+    /api/v1/fleet   the same without counts, as JSON; one run with ?run=NAME
+    /-/healthy      200, a line of text
+
+One hub per cluster and namespace, on the head node where that can be had: started by the first batch, started again,
+with all that is known, by the next batch after its death, and gone by itself some time after the last heartbeat.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import http.server
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import urllib.parse
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import ray
+from ray import ObjectRef
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from enginefsm import _ray_handles
+from enginefsm.export._files import write_atomically
+from enginefsm.export.fleet import PROTOCOL, Answer, FleetTable, Report, counts, row
+from enginefsm.export.outbox import Batch, Fleet, NotYetError
+from enginefsm.metrics import versions
+
+logger = logging.getLogger("enginefsm.export")
+
+NAME = "enginefsm-hub"
+NAMESPACE = "enginefsm"
+FILE_SD_NAME = "enginefsm_service_discovery.json"
+SEND_TIMEOUT_S = 1.0
+START_TIMEOUT_S = 20.0
+"""How long a hub may take to start before that counts as a failure."""
+BIND_AGAIN_S = 5.0
+IDLE_CONNECTION_S = 120.0
+TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HubSettings:
+    """How the hub is started. Where one runs already, its own settings hold."""
+
+    addr: str = "127.0.0.1"
+    """The address that it listens on."""
+    port: int = 0
+    """The port; 0 takes a free one."""
+    file_sd: str | None = None
+    """The file in which Prometheus finds it (`file_sd_configs`), on the hub's node. None is
+    `enginefsm_service_discovery.json` in Ray's temporary directory, beside Ray's own; "" is no file."""
+    linger_s: float = 1800.0
+    """How long after the last heartbeat of any monitor it ends."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"the hub's port is from 0 to 65535, not {self.port}")
+        if not self.linger_s > 0:
+            raise ValueError(f"the hub's linger_s is above 0, not {self.linger_s}")
+
+    @staticmethod
+    def from_environment(environ: Mapping[str, str] = os.environ) -> HubSettings:
+        """Read `ENGINEFSM_HUB_ADDR`, `_PORT`, `_FILE_SD` and `_LINGER_S`; raises ValueError naming the variable."""
+        settings: dict[str, Any] = {}
+        for field, kind in (("addr", str), ("port", int), ("file_sd", str), ("linger_s", float)):
+            variable = f"ENGINEFSM_HUB_{field.upper()}"
+            text = environ.get(variable)
+            if text is None:
+                continue
+            try:
+                settings[field] = kind(text)
+            except ValueError:
+                raise ValueError(f"{variable}={text!r} is not a number") from None
+        try:
+            return HubSettings(**settings)
+        except ValueError as error:
+            raise ValueError(f"ENGINEFSM_HUB_PORT, ENGINEFSM_HUB_LINGER_S: {error}") from None
+
+
+class Hub:
+    """The exporter to the hub; starts the hub where there is none.
+
+    Args:
+        settings: How to start it; by default as the environment says.
+        namespace: The Ray namespace of the hub, for those who want more than one in a cluster.
+    """
+
+    sink = "hub"
+    batch_s = 0.5
+    heartbeat_s = 5.0
+
+    def __init__(self, settings: HubSettings | None = None, namespace: str = NAMESPACE) -> None:
+        self._settings = settings or HubSettings.from_environment()
+        self._namespace = namespace
+        self._hub: ActorHandle[Any] | None = None
+        self._unanswered: ObjectRef[Any] | None = None
+        self._starting_since: float | None = None
+        self._problem: str | None = None  # of the hub, when it answered last
+        self._host = socket.gethostname()
+
+    def send(self, fleet: Fleet, batch: Batch) -> None:
+        """Report to the hub, and wait for its answer, a second at most; raises what kept the answer away."""
+        if not ray.is_initialized():  # Ray would start a cluster of its own
+            raise ConnectionError("this process is not connected to Ray any more")
+        if self._unanswered is not None:  # one report at a time: a frozen hub is not to be buried in them
+            self._answer(self._unanswered)
+        answer = self._report(fleet, batch, full=batch.seq == 1 or batch.dropped > 0)
+        if not answer["known"]:
+            answer = self._report(fleet, batch, full=True)
+        problem, told = answer["problem"], self._problem
+        self._problem = problem
+        if problem is not None:
+            fleet.metrics.exporter_failed(self.sink)
+            if problem != told:
+                logger.warning("export to hub: it has what was sent, but %s", problem)
+
+    def close(self) -> None:
+        """Let go of the hub, which stays."""
+        self._hub = self._unanswered = self._starting_since = self._problem = None
+
+    def _report(self, fleet: Fleet, batch: Batch, *, full: bool) -> Answer:
+        if self._hub is None:
+            self._starting_since = time.monotonic()
+            self._hub = start(self._settings, self._namespace)
+        report = _report(fleet, batch, self._host, full=full)
+        return self._answer(self._hub.accept.remote(report))
+
+    def _answer(self, ref: ObjectRef[Any]) -> Answer:
+        self._unanswered = ref
+        try:
+            answer = cast(Answer, ray.get(ref, timeout=SEND_TIMEOUT_S))
+        except GetTimeoutError:
+            if self._starting_since is not None and time.monotonic() - self._starting_since < START_TIMEOUT_S:
+                raise NotYetError("the hub is starting") from None
+            raise TimeoutError(f"the hub has not answered for {SEND_TIMEOUT_S:g} s") from None
+        except RayActorError:
+            self._hub = None  # found again, or started again, by the next attempt
+            self._unanswered = None
+            raise
+        except Exception:
+            self._unanswered = None
+            raise
+        self._unanswered = self._starting_since = None
+        return answer
+
+
+def _report(fleet: Fleet, batch: Batch, host: str, *, full: bool) -> Report:
+    if full:
+        engines, gone = fleet.engines(), []
+    else:
+        names = dict.fromkeys(event.engine for _, event in batch.events)
+        found = {name: fleet.engine(name) for name in names}
+        engines = [engine for engine in found.values() if engine is not None]
+        gone = [name for name, engine in found.items() if engine is None]
+    ours, rays = versions()
+    job = "" if _ray_handles.actor_instance() is None else ray.get_runtime_context().get_job_id()
+    return {
+        "protocol": PROTOCOL,
+        "run": batch.run,
+        "manager": batch.manager,
+        "seq": batch.seq,
+        "full": full,
+        "rows": [row(engine.snapshot()) for engine in engines],
+        "gone": gone,
+        "counts": counts(fleet.metrics.collect_counts()),
+        "job": job,
+        "started_s": batch.started_s,
+        "heartbeat_s": time.time(),
+        "stopped_s": batch.stopped_s,
+        "host": host,
+        "pid": os.getpid(),
+        "version": ours,
+        "ray_version": rays,
+    }
+
+
+def start(settings: HubSettings | None = None, namespace: str = NAMESPACE) -> ActorHandle[Any]:
+    """Give the cluster's hub, started if there is none. Ray must be initialized."""
+    settings = settings or HubSettings.from_environment()
+    head = next((node["NodeID"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"]), None)
+    actor: Any = ray.remote(HubActor)
+    hub: ActorHandle[Any] = actor.options(
+        name=NAME,
+        namespace=namespace,
+        lifetime="detached",
+        get_if_exists=True,
+        num_cpus=0,
+        max_concurrency=16,
+        # Not restarted by Ray: it would come up knowing nothing, and the next batch starts it as well.
+        max_restarts=0,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(head, soft=True) if head else None,
+    ).remote(dataclasses.asdict(settings))
+    return hub
+
+
+def find(namespace: str = NAMESPACE) -> ActorHandle[Any] | None:
+    """Give the cluster's hub, None where there is none. Ray must be initialized."""
+    try:
+        return ray.get_actor(NAME, namespace)
+    except ValueError:
+        return None
+
+
+def read_fleet(run: str | None = None, *, timeout_s: float = 10.0, namespace: str = NAMESPACE) -> dict[str, Any] | None:
+    """Ask the cluster's hub for its JSON (see `enginefsm.export.fleet`), through Ray; None where there is no hub.
+
+    Raises `ray.exceptions.GetTimeoutError` when it has not answered within `timeout_s` seconds, RayActorError when
+    it is gone.
+    """
+    hub = find(namespace)
+    return None if hub is None else cast("dict[str, Any]", ray.get(hub.fleet.remote(run), timeout=timeout_s))
+
+
+class HubActor:
+    """The actor. Threaded, without asyncio: a report waits for no other."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self._settings = HubSettings(**settings)
+        self._table = FleetTable(time.monotonic, time.time)
+        self._started_s = time.time()
+        self._server: _Server | None = None
+        self._problem: str | None = None
+        self._ip = ray.util.get_node_ip_address()
+        file_sd = self._settings.file_sd
+        if file_sd is None:
+            file_sd = str(Path(_ray_handles.temp_dir()) / FILE_SD_NAME)
+        self._file_sd = Path(file_sd) if file_sd else None
+        self._entry = b""
+        self._self = ray.get_runtime_context().current_actor
+        self._listen()
+        threading.Thread(target=self._keep, name="enginefsm-hub", daemon=True).start()
+
+    def accept(self, report: Report) -> Answer:
+        """Take a manager's report in."""
+        return {"known": self._table.accept(report), "problem": self._problem}
+
+    def fleet(self, run: str | None = None) -> dict[str, Any]:
+        """Give what is served at /api/v1/fleet."""
+        return self._table.as_json(run) | {"hub": self._about()}
+
+    def address(self) -> str | None:
+        """Give the URL that it serves at; None while it cannot."""
+        return None if self._server is None else f"http://{self._target()}"
+
+    def _about(self) -> dict[str, Any]:
+        return {
+            "address": self.address(),
+            "problem": self._problem,
+            "started_s": self._started_s,
+            "pid": os.getpid(),
+            "node_ip": self._ip,
+            "linger_s": self._settings.linger_s,
+            "enginefsm": version("enginefsm"),
+        }
+
+    def _target(self) -> str:
+        assert self._server is not None
+        addr = self._settings.addr
+        addr = self._ip if addr in ("0.0.0.0", "::", "") else addr  # noqa: S104  compared, not bound
+        return f"[{addr}]:{self._server.server_port}" if ":" in addr else f"{addr}:{self._server.server_port}"
+
+    def _listen(self) -> None:
+        """Begin to serve, and say where; a problem is kept, told in every answer, and tried again."""
+        addr, port = self._settings.addr, self._settings.port
+        try:
+            if self._server is None:
+                self._server = _Server(addr, port, self)
+                threading.Thread(target=self._server.serve_forever, name="enginefsm-hub-http", daemon=True).start()
+        except OSError as error:
+            advice = ""
+            if error.errno == errno.EADDRINUSE:
+                advice = "; set ENGINEFSM_HUB_PORT to another port, or to 0 for a free one"
+            self._set_problem(f"the hub cannot listen on {addr}:{port}: {error.strerror or error}{advice}")
+            return
+        try:
+            if self._file_sd is not None:
+                entry = [{"targets": [self._target()], "labels": {"job": "enginefsm"}}]
+                self._entry = json.dumps(entry).encode() + b"\n"
+                write_atomically(self._file_sd, self._entry)
+        except OSError as error:
+            self._set_problem(
+                f"the hub cannot write its address, {self._target()}, for Prometheus into {self._file_sd}: "
+                f"{error.strerror or error}; set ENGINEFSM_HUB_FILE_SD to a file in a directory that it may write to"
+            )
+            return
+        self._set_problem(None)
+
+    def _set_problem(self, problem: str | None) -> None:
+        if problem != self._problem and problem is not None:
+            logger.error("%s", problem)
+        self._problem = problem
+
+    def _keep(self) -> None:
+        """Try again what failed, forget what is old, and end when nobody has been heard of for long."""
+        linger_s = self._settings.linger_s
+        while self._table.silent_for_s() < linger_s:
+            time.sleep(min(BIND_AGAIN_S, max(0.01, linger_s - self._table.silent_for_s())))
+            if self._problem is not None:
+                self._listen()
+            if self._table.silent_jobs():
+                self._table.end_jobs(_ended_jobs())
+            self._table.forget(linger_s)
+        self._end()
+
+    def _end(self) -> None:
+        logger.info("no monitor has been heard of for %g s: the hub ends", self._settings.linger_s)
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+        if self._file_sd is not None:
+            with contextlib.suppress(OSError):
+                if self._file_sd.read_bytes() == self._entry:  # else it is another hub's by now
+                    self._file_sd.unlink()
+        ray.kill(self._self)
+
+
+def _ended_jobs() -> dict[str, float]:
+    try:
+        return _ray_handles.ended_jobs()
+    except Exception:  # Ray raises what it likes for a GCS that is away; asked again soon
+        logger.debug("Ray does not say which jobs have ended", exc_info=True)
+        return {}
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, addr: str, port: int, hub: HubActor) -> None:
+        self.hub = hub
+        self.address_family = socket.AF_INET6 if ":" in addr else socket.AF_INET
+        super().__init__((addr, port), _Handler)
+
+    def server_bind(self) -> None:
+        # HTTPServer's own looks the host's name up, which may take seconds.
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = self.socket.getsockname()[:2]
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    timeout = IDLE_CONNECTION_S
+    server: _Server
+
+    def do_GET(self) -> None:
+        hub = self.server.hub
+        url = urllib.parse.urlsplit(self.path)
+        if url.path == "/metrics":
+            self._send(200, TEXT_FORMAT, hub._table.text())
+        elif url.path == "/api/v1/fleet":
+            run = urllib.parse.parse_qs(url.query, keep_blank_values=True).get("run", [None])[0]
+            self._send(200, "application/json", json.dumps(hub.fleet(run)).encode())
+        elif url.path == "/-/healthy":
+            self._send(200, "text/plain; charset=utf-8", b"the enginefsm hub is healthy\n")
+        else:
+            self._send(404, "text/plain; charset=utf-8", b"there are /metrics, /api/v1/fleet and /-/healthy\n")
+
+    def _send(self, status: int, kind: str, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  named by http.server
+        logger.debug("hub: " + format, *args)

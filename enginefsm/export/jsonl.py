@@ -1,0 +1,147 @@
+"""The monitor's events as a log of JSON lines, which `enginefsm report` reads.
+
+The format: UTF-8, one object a line. Every line has
+
+    kind      what it is; lines of an unknown kind are to be passed over
+    run       the run
+    manager   the id of the monitor, a UUID in hex; many monitors may write to one file
+    at_s      when, in seconds since the epoch
+
+and, by its kind:
+
+    begin     the monitor began: host, pid, version (of enginefsm), ray_version, format (1)
+    transition  an engine moved: seq, engine, labels (all that adopt() was given), incarnation, actor_id (null when
+              the engine is gone by the time of writing), from (null for the first), to, reason, spent_s (in `from`),
+              age_s (since its launch), first_ready, terminal (dead, and not by release)
+    outcome   a call that failed, or was submitted again: seq, engine, labels, incarnation, method, outcome, attempt
+              (0 for the first submission; above it, the re-await of that number), took_s, probe, fault (the actor
+              could not be reached, died or failed). Calls that were answered the first time leave no line.
+    dropped   events are missing before the next line of this manager: events (how many)
+    end       the monitor ended in good order
+
+`seq` numbers a monitor's events in their order, with gaps. A line may come twice, after a failed write: lines with the
+same manager and seq are one. After a crash in the middle of a write the broken line is alone on its line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from enginefsm.events import CallOutcome
+from enginefsm.export.outbox import Batch, Fleet, is_terminal
+from enginefsm.metrics import versions
+from enginefsm.outcomes import Outcome
+from enginefsm.states import Transition
+
+FORMAT = 1
+
+
+class EventLog:
+    """Appends one line for each transition, and for each call that failed or was submitted again, to `path`.
+
+    Lines are written within half a second, those of an engine's end at once, to the disk. The format is described in
+    `enginefsm.export.jsonl`. The file is created readable by all, and never cut.
+    """
+
+    sink = "jsonl"
+    batch_s = 0.5
+    heartbeat_s = 3600.0  # a silent fleet writes nothing; this only brings a lost file to light
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = Path(path)
+        self._file: int | None = None
+        self._began = False
+        self._ended = False
+
+    def send(self, fleet: Fleet, batch: Batch) -> None:
+        """Append the batch's lines; raises OSError when they cannot be written."""
+        about = {"run": batch.run, "manager": batch.manager}
+        lines: list[dict[str, Any]] = []
+        if not self._began:
+            ours, rays = versions()
+            lines.append(
+                {"kind": "begin", **about, "at_s": batch.started_s, "host": socket.gethostname(), "pid": os.getpid(),
+                 "version": ours, "ray_version": rays, "format": FORMAT}
+            )  # fmt: skip
+        if batch.dropped:
+            lines.append({"kind": "dropped", **about, "at_s": time.time(), "events": batch.dropped})
+        for seq, event in batch.events:
+            if isinstance(event, Transition):
+                lines.append({"kind": "transition", **about, **_transition(fleet, event), "seq": seq})
+            elif event.attempt or event.outcome is not Outcome.SUCCEEDED:
+                lines.append({"kind": "outcome", **about, **_outcome(event), "seq": seq})
+        if batch.stopped_s and not self._ended:
+            lines.append({"kind": "end", **about, "at_s": batch.stopped_s})
+        self._append(lines, to_disk=batch.terminal)
+        self._began = True
+        self._ended = self._ended or bool(batch.stopped_s)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._close_file()
+        self._began = self._ended = False
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def _append(self, lines: list[dict[str, Any]], *, to_disk: bool) -> None:
+        if not lines:
+            return
+        text = b"".join(json.dumps(line, separators=(",", ":")).encode() + b"\n" for line in lines)
+        try:
+            if self._file is None:
+                self._file = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                text = self._line_break() + text
+            while text:
+                text = text[os.write(self._file, text) :]
+            if to_disk:
+                os.fsync(self._file)
+        except OSError:
+            self._close_file()
+            raise
+
+    def _line_break(self) -> bytes:
+        """What ends a line that was broken off."""
+        assert self._file is not None
+        size = os.fstat(self._file).st_size
+        return b"\n" if size and os.pread(self._file, 1, size - 1) != b"\n" else b""
+
+
+def _transition(fleet: Fleet, step: Transition) -> dict[str, Any]:
+    engine = fleet.engine(step.engine)
+    return {
+        "at_s": step.at_s,
+        "engine": step.engine,
+        "labels": dict(step.labels),
+        "incarnation": step.incarnation,
+        "actor_id": engine.actor_id if engine is not None and engine.incarnation == step.incarnation else None,
+        "from": step.from_state,
+        "to": step.to_state,
+        "reason": step.reason,
+        "spent_s": step.spent_s,
+        "age_s": step.age_s,
+        "first_ready": step.first_ready,
+        "terminal": is_terminal(step),
+    }
+
+
+def _outcome(event: CallOutcome) -> dict[str, Any]:
+    return {
+        "at_s": event.at_s,
+        "engine": event.engine,
+        "labels": dict(event.labels),
+        "incarnation": event.incarnation,
+        "method": event.method,
+        "outcome": event.outcome,
+        "attempt": event.attempt,
+        "took_s": event.took_s,
+        "probe": event.probe,
+        "fault": event.outcome is not Outcome.SUCCEEDED,
+    }

@@ -1,0 +1,277 @@
+"""What stands between a monitor and its exporters: for each a bounded queue, and one thread that sends.
+
+The monitor's own thread only appends to the queue. The exporter's thread sends what has gathered, a batch at a time,
+and sends it again, after a pause, until the exporter takes it. `flush` waits for that, with a bound.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+from enginefsm.engine import MonitoredEngine
+from enginefsm.events import Event
+from enginefsm.metrics import FleetMetrics
+from enginefsm.states import EngineState, Reason, Transition
+
+logger = logging.getLogger("enginefsm.export")
+
+FLUSH_S = 1.8
+"""How long an exception waits for its terminal events to be acknowledged, over all exporters together."""
+MOST_WAITING = 20_000
+"""Events that wait for an exporter; above it, the oldest are dropped."""
+FIRST_PAUSE_S = 0.1
+LONGEST_PAUSE_S = 15.0
+BROKEN_AFTER = 5
+"""Failures in a row after which a flush waits for one attempt only."""
+
+
+class NotYetError(Exception):
+    """Raised by an exporter that has not passed a batch on, though nothing failed: it is tried again, uncounted."""
+
+
+class Fleet(Protocol):
+    """The monitor, as exporters see it."""
+
+    @property
+    def run(self) -> str: ...  # noqa: D102
+    @property
+    def metrics(self) -> FleetMetrics: ...  # noqa: D102
+    def engines(self) -> list[MonitoredEngine]: ...  # noqa: D102
+    def engine(self, name: str) -> MonitoredEngine | None: ...  # noqa: D102
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Batch:
+    """What an exporter is to pass on. A batch that was not taken comes again, with more added."""
+
+    run: str
+    manager: str
+    """The id of the monitor: a UUID in hex."""
+    started_s: float
+    """When the monitor began to export, in seconds since the epoch."""
+    seq: int
+    """Of the batch; each attempt has a higher one than all before it."""
+    events: Sequence[tuple[int, Event]]
+    """What happened, oldest first, each event with its number; an event keeps its number for good."""
+    dropped: int
+    """How many events were dropped before these, since the last batch that was taken."""
+    terminal: bool
+    """Whether an engine's end is among the events: `send` is to return once it is safe from the process's end."""
+    stopped_s: float
+    """When the monitor ended in good order, in seconds since the epoch; 0 while it has not."""
+
+
+class Exporter(Protocol):
+    """Takes batches somewhere. Used by one thread, for one monitor; after `close` for another."""
+
+    sink: str
+    """Its name on the metrics of exporters."""
+    batch_s: float
+    """How long events gather before they are sent, in seconds; terminal ones go at once."""
+    heartbeat_s: float
+    """How long, in seconds, until a batch is sent that holds no event."""
+
+    def send(self, fleet: Fleet, batch: Batch) -> None:
+        """Pass a batch on, and return when it has arrived. Any exception says that it has not, and why.
+
+        To be done within a second or so, lest the process's end waits in vain for what it has not been given.
+        """
+
+    def close(self) -> None:
+        """Let go of what is held open; nothing is sent afterwards."""
+
+
+def is_terminal(event: Event) -> bool:
+    """Whether the event is an engine's end, other than by release."""
+    return isinstance(event, Transition) and event.to_state is EngineState.DEAD and event.reason is not Reason.RELEASED
+
+
+class Outbox:
+    """One exporter's queue and thread. Calling it with an event queues the event; one caller at a time."""
+
+    def __init__(self, exporter: Exporter, fleet: Fleet, manager: str, started_s: float) -> None:
+        self.__name__ = exporter.sink
+        self._exporter = exporter
+        self._fleet = fleet
+        self._manager = manager
+        self._started_s = started_s
+        self._queue: collections.deque[tuple[int, Event]] = collections.deque()
+        self._put = 0  # events so far; written by the monitor's thread alone, after the event is in the queue
+        self._last_terminal = 0
+        self._dropped_queued = 0  # written by the monitor's thread alone
+        self._wake = threading.Event()
+        self._attempted = threading.Condition()  # around the three below
+        self._taken = 0
+        self._attempts = 0
+        self._failures = 0  # in a row
+        self._close_by: float | None = None
+        # The thread's own.
+        self._pending: collections.deque[tuple[int, Event]] = collections.deque()
+        self._dropped_pending = 0
+        self._dropped_told = 0
+        self._seq = 0
+        fleet.metrics.expect_exporter(exporter.sink)
+        self._thread = threading.Thread(target=self._work, name=f"enginefsm-export-{exporter.sink}", daemon=True)
+        self._thread.start()
+
+    def __call__(self, event: Event) -> None:
+        """Queue an event."""
+        if len(self._queue) >= MOST_WAITING:
+            try:
+                self._queue.popleft()
+            except IndexError:  # the thread has taken all of them since
+                pass
+            else:
+                self._dropped_queued += 1
+                self._fleet.metrics.event_dropped(self._exporter.sink)
+        number = self._put + 1
+        self._queue.append((number, event))
+        self._put = number
+        if is_terminal(event):
+            self._last_terminal = number
+            self._wake.set()
+
+    def begin_flush(self, *, terminal_only: bool) -> Callable[[float], bool]:
+        """Have what is queued sent at once. Gives the wait for it: until a monotonic time; True when all is taken."""
+        upto = self._last_terminal if terminal_only else self._put
+        attempts = self._attempts
+        if self._taken < upto:
+            self._wake.set()
+
+        def settled() -> bool:
+            return self._taken >= upto or (self._failures >= BROKEN_AFTER and self._attempts > attempts)
+
+        def wait(until: float) -> bool:
+            with self._attempted:
+                self._attempted.wait_for(settled, max(0.0, until - time.monotonic()))
+            return self._taken >= upto
+
+        return wait
+
+    def begin_close(self, by: float) -> None:
+        """Have a last batch sent, until `by` (monotonic), and then no more."""
+        self._close_by = by
+        self._wake.set()
+
+    def end_close(self) -> None:
+        """Wait until the thread has ended, or its time is up; it is a daemon, and never keeps a process alive."""
+        self._thread.join(max(0.0, (self._close_by or 0.0) - time.monotonic()))
+
+    def _work(self) -> None:
+        exporter, pause_s, heartbeat_at = self._exporter, 0.0, 0.0
+        while True:
+            self._wake.wait(pause_s)
+            self._wake.clear()
+            close_by = self._close_by
+            upto = self._put
+            self._gather()
+            pause_s = exporter.batch_s
+            now = time.monotonic()
+            if self._pending or close_by is not None or now >= heartbeat_at:
+                if self._attempt(upto):
+                    heartbeat_at = now + exporter.heartbeat_s
+                    if close_by is not None:
+                        break
+                else:
+                    pause_s = min(FIRST_PAUSE_S * 2 ** min(max(self._failures - 1, 0), 30), LONGEST_PAUSE_S)
+            if close_by is not None:
+                left_s = close_by - time.monotonic()
+                if left_s <= 0:
+                    break
+                pause_s = min(pause_s, left_s)
+        try:
+            exporter.close()
+        except Exception:  # an exporter may be anyone's, and nothing is lost any more
+            logger.exception("export to %s: could not be closed", exporter.sink)
+
+    def _gather(self) -> None:
+        while self._queue:
+            self._pending.append(self._queue.popleft())
+        while len(self._pending) > MOST_WAITING:
+            self._pending.popleft()
+            self._dropped_pending += 1
+            self._fleet.metrics.event_dropped(self._exporter.sink)
+
+    def _attempt(self, upto: int) -> bool:
+        """Send what is pending, which has the events up to that number; it stays pending when it is not taken."""
+        self._seq += 1
+        dropped = self._dropped_queued + self._dropped_pending
+        batch = Batch(
+            self._fleet.run, self._manager, self._started_s, self._seq, tuple(self._pending),
+            dropped - self._dropped_told, any(is_terminal(event) for _, event in self._pending),
+            self._fleet.metrics.stopped_at_s,
+        )  # fmt: skip
+        failure: Exception | None = None
+        try:
+            self._exporter.send(self._fleet, batch)
+        except Exception as exception:  # noqa: BLE001  whatever fails there, the bringup lives; it is counted and told
+            failure = exception
+        else:
+            self._pending.clear()
+            self._dropped_told = dropped
+        self._tell(failure)
+        with self._attempted:
+            self._attempts += 1
+            if failure is None:
+                self._taken, self._failures = upto, 0
+            elif not isinstance(failure, NotYetError):
+                self._failures += 1
+            self._attempted.notify_all()
+        return failure is None
+
+    def _tell(self, failure: Exception | None) -> None:
+        sink = self._exporter.sink
+        if failure is None:
+            if self._failures:
+                logger.info("export to %s works again, after %d failures", sink, self._failures)
+        elif isinstance(failure, NotYetError):
+            logger.debug("export to %s waits: %s", sink, failure)
+        else:
+            self._fleet.metrics.exporter_failed(sink)
+            level = logging.DEBUG if self._failures else logging.WARNING
+            logger.log(level, "export to %s fails and is tried again: %s", sink, describe(failure))
+
+
+class Exports:
+    """The exporters of one monitor, from its first engine to its end."""
+
+    def __init__(self, exporters: Iterable[Exporter], fleet: Fleet) -> None:
+        self.manager = uuid.uuid4().hex
+        """The id under which this monitor exports."""
+        self._pid = os.getpid()
+        started_s = time.time()
+        self.outboxes = [Outbox(exporter, fleet, self.manager, started_s) for exporter in exporters]
+
+    def flush(self, timeout_s: float, *, terminal_only: bool = False) -> bool:
+        """Wait until the exporters have what was queued so far, `timeout_s` at most; says whether they have.
+
+        With `terminal_only`, only the ends of engines are waited for: where there is none, nothing is.
+        """
+        until = time.monotonic() + timeout_s
+        waits = [outbox.begin_flush(terminal_only=terminal_only) for outbox in self.outboxes]
+        taken = [wait(until) for wait in waits]
+        return all(taken)
+
+    def close(self, timeout_s: float) -> None:
+        """Send what is left, `timeout_s` at most, and end the threads."""
+        if os.getpid() != self._pid:  # a fork has none of the threads
+            return
+        by = time.monotonic() + timeout_s
+        for outbox in self.outboxes:
+            outbox.begin_close(by)
+        for outbox in self.outboxes:
+            outbox.end_close()
+
+
+def describe(failure: BaseException) -> str:
+    """The failure in one line."""
+    text = str(failure).strip()
+    return f"{type(failure).__name__}: {text.splitlines()[0]}" if text else type(failure).__name__
