@@ -20,11 +20,11 @@ class CallOutcome(NamedTuple):
     """0 for the first submission; above it, the re-await of that number."""
     took_s: float
     """From the submission to its outcome."""
-    probe: bool = False
+    probe: bool
     """Whether the call was a probe."""
-    incarnation: int = 1
+    incarnation: int
     """Of the engine."""
-    at_s: float = 0.0
+    at_s: float
     """When: seconds since the epoch."""
 
 
