@@ -346,11 +346,7 @@ def test_the_event_log_has_a_line_for_each_transition_and_each_fault(tmp_path, m
     monitor = make_monitor(EventLog(log))
     engine = adopt(monitor, "default/regular/0", node="n1", rank=3)
     for outcome, attempt in ((Outcome.SUCCEEDED, 0), (Outcome.ACTOR_UNAVAILABLE, 0), (Outcome.SUCCEEDED, 1)):
-        monitor._events.append(
-            CallOutcome(
-                engine.name, engine.labels, "init", outcome, attempt, 1.5, probe=False, incarnation=1, at_s=100.0
-            )
-        )
+        monitor._events.append(CallOutcome(engine.name, engine.labels, "init", outcome, attempt, 1.5, False, 1, 100.0))
     move(monitor, engine, *DIED)
     monitor.close()
     lines = lines_of(log)
