@@ -393,7 +393,7 @@ def test_monitors_share_an_event_log_and_a_line_that_was_broken_off_stays_alone(
     broken, *lines = log.read_text().splitlines()
     assert broken == '{"kind":"transition","run":"old","man'
     by_run = {f"run-{number}": [] for number in range(3)}
-    for line in map(json.loads, lines):
+    for line in map(json.loads, filter(None, lines)):
         if line["kind"] == "transition":
             by_run[line["run"]].append(line["seq"])
     assert by_run == {run: list(range(1, 42)) for run in by_run}

@@ -20,7 +20,8 @@ and, by its kind:
     end       the monitor ended in good order
 
 `seq` numbers a monitor's events in their order, with gaps. A line may come twice, after a failed write: lines with the
-same manager and seq are one. After a crash in the middle of a write the broken line is alone on its line.
+same manager and seq are one. After a crash in the middle of a write the broken line is alone on its line; empty lines
+may stand after it, and are to be passed over.
 """
 
 from __future__ import annotations
