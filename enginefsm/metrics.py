@@ -1,7 +1,7 @@
 """The monitor's events as Prometheus metrics, in a registry of the monitor's own.
 
-What is counted is kept by client_python's own metrics. What is a property of each engine is read from the engines
-at the scrape: keeping it would cost several kB an engine.
+What is counted is kept here. What is a property of each engine is read from the engines at the scrape: keeping it
+would cost several kB an engine.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Protocol
 from wsgiref.simple_server import WSGIServer
 
 import ray
-from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from enginefsm.counting import Counts, Durations
 from enginefsm.events import CallOutcome, Event
 from enginefsm.outcomes import Outcome
 from enginefsm.states import EDGES, GIVEN_UP, EngineState, Reason, Transition
@@ -75,14 +76,13 @@ class FleetMetrics(Collector):
         self._engines = engines
         self._groups: set[tuple[str, str, str]] = set()
         self._methods: set[tuple[str, str, str, str]] = set()
-        self._edges: dict[tuple[tuple[str, str, str], EngineState | None, Reason], Counter] = {}
         self._stopped_at_s = 0.0
 
-        def counter(name: str, text: str, labels: Sequence[str]) -> Counter:
-            return Counter(f"enginefsm_{name}", text, labels, registry=None)
+        def counter(name: str, text: str, labels: Sequence[str]) -> Counts:
+            return Counts(f"enginefsm_{name}", text, labels)
 
-        def histogram(name: str, text: str, labels: Sequence[str], buckets: Sequence[float]) -> Histogram:
-            return Histogram(f"enginefsm_{name}_seconds", text, labels, registry=None, buckets=buckets)
+        def histogram(name: str, text: str, labels: Sequence[str], buckets_s: Sequence[float]) -> Durations:
+            return Durations(f"enginefsm_{name}_seconds", text, labels, buckets_s)
 
         self._transitions = counter(
             "transitions", "Steps of engines between states.", (*GROUP, "from_state", "to_state", "reason")
@@ -129,43 +129,40 @@ class FleetMetrics(Collector):
         if group not in self._groups:
             self._groups.add(group)
             self._begin_at_zero(group)
-        edge = (group, step.from_state, step.reason)
-        if edge not in self._edges:  # finding a labelled counter takes longer than counting
-            self._edges[edge] = self._transitions.labels(*group, step.from_state or "", step.to_state, step.reason)
-        self._edges[edge].inc()
+        self._transitions.add(*group, step.from_state or "", step.to_state, step.reason)
         if step.first_ready:
-            self._launch_duration.labels(*group).observe(step.age_s)
+            self._launch_duration.observe(step.age_s, *group)
         if step.from_state is EngineState.UNAVAILABLE:
-            self._unavailable_duration.labels(*group).observe(step.spent_s)
+            self._unavailable_duration.observe(step.spent_s, *group)
         if step.reason in GIVEN_UP:
-            self._exhausted.labels(*group, step.reason).inc()
+            self._exhausted.add(*group, step.reason)
 
     def _count_outcome(self, group: tuple[str, str, str], event: CallOutcome) -> None:
         self._begin_method_at_zero(group, event.method)
-        self._outcomes.labels(*group, event.method, event.outcome).inc()
+        self._outcomes.add(*group, event.method, event.outcome)
         if event.attempt:
-            self._reawaits.labels(*group, event.method, _reawait_result(event.outcome)).inc()
+            self._reawaits.add(*group, event.method, _reawait_result(event.outcome))
         if event.probe:
-            self._probe_duration.labels(*group, event.outcome).observe(event.took_s)
+            self._probe_duration.observe(event.took_s, *group, event.outcome)
 
     def _begin_at_zero(self, group: tuple[str, str, str]) -> None:
         """A counter that is first seen at 1 has no increase to Prometheus."""
-        self._transitions.labels(*group, "", EngineState.LAUNCHING, Reason.LAUNCHED)
+        self._transitions.begin(*group, "", EngineState.LAUNCHING, Reason.LAUNCHED)
         for reason, (sources, dest) in EDGES.items():
             for source in sources:
-                self._transitions.labels(*group, source, dest, reason)
+                self._transitions.begin(*group, source, dest, reason)
         for reason in GIVEN_UP:
-            self._exhausted.labels(*group, reason)
-        self._launch_duration.labels(*group)
-        self._unavailable_duration.labels(*group)
+            self._exhausted.begin(*group, reason)
+        self._launch_duration.begin(*group)
+        self._unavailable_duration.begin(*group)
 
     def _begin_method_at_zero(self, group: tuple[str, str, str], method: str) -> None:
         if (*group, method) not in self._methods:
             self._methods.add((*group, method))
             for outcome in Outcome:
-                self._outcomes.labels(*group, method, outcome)
+                self._outcomes.begin(*group, method, outcome)
             for result in REAWAIT_RESULTS:
-                self._reawaits.labels(*group, method, result)
+                self._reawaits.begin(*group, method, result)
 
     def expect_calls(self, labels: Mapping[str, str], method: str) -> None:
         """Begin to count, at 0, the outcomes of a method of engines with these labels."""
@@ -173,24 +170,24 @@ class FleetMetrics(Collector):
 
     def expect_listener(self, listener: object) -> None:
         """Begin to count, at 0, the failures of a listener."""
-        self._export_errors.labels(self._run, _sink(listener))
+        self._export_errors.begin(self._run, _sink(listener))
 
     def listener_failed(self, listener: object) -> None:
         """Count a listener that raised."""
-        self._export_errors.labels(self._run, _sink(listener)).inc()
+        self._export_errors.add(self._run, _sink(listener))
 
     def expect_exporter(self, sink: str) -> None:
         """Begin to count, at 0, the failures of an exporter, and the events that it is never given."""
-        self._export_errors.labels(self._run, sink)
-        self._events_dropped.labels(self._run, sink)
+        self._export_errors.begin(self._run, sink)
+        self._events_dropped.begin(self._run, sink)
 
     def exporter_failed(self, sink: str) -> None:
         """Count a failure of an exporter."""
-        self._export_errors.labels(self._run, sink).inc()
+        self._export_errors.add(self._run, sink)
 
     def event_dropped(self, sink: str) -> None:
         """Count an event that an exporter is never given."""
-        self._events_dropped.labels(self._run, sink).inc()
+        self._events_dropped.add(self._run, sink)
 
     @property
     def stopped_at_s(self) -> float:
@@ -219,10 +216,7 @@ class FleetMetrics(Collector):
     def collect_counts(self) -> Iterator[Metric]:
         """What is counted over the monitor's life: those of several monitors add up."""
         for kept in self._kept:
-            for metric in kept.collect():
-                # When a counter was created says when it was first used, which helps nobody here.
-                metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
-                yield metric
+            yield from kept.collect()
 
     def _collect_engines(self) -> Iterator[Metric]:
         state: dict[tuple[str, ...], float] = {}

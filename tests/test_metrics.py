@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
+import subprocess
 import sys
 import threading
 import time
@@ -43,6 +45,7 @@ EXPECTED = {
     "monitor_stopped_timestamp_seconds": ("gauge", {"run"}),
     "monitor_info": ("gauge", {"run", "version", "ray_version"}),
     "export_errors": ("counter", {"run", "sink"}),
+    "events_dropped": ("counter", {"run", "sink"}),
 }
 
 
@@ -482,3 +485,16 @@ def test_the_module_serves_the_metrics_of_the_processs_monitor(monkeypatch):
     assert 'enginefsm_monitor_info{ray_version="' in text
     assert 'run="glm-rl"' in text
     assert enginefsm.default_monitor() is monitor
+
+
+def test_the_environment_of_a_multiprocess_client_changes_nothing(tmp_path):
+    script = """
+import enginefsm, prometheus_client
+monitors = [enginefsm.EngineMonitor("same") for _ in range(2)]
+monitors[0].metrics.listener_failed(print)
+name, labels = "enginefsm_export_errors_total", {"run": "same", "sink": "print"}
+print([monitor.metrics.registry.get_sample_value(name, labels) for monitor in monitors])
+"""
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "missing")}
+    told = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert (told.stdout.strip(), told.returncode) == ("[1.0, None]", 0), told.stderr

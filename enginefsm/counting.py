@@ -1,0 +1,92 @@
+"""Counters and histograms that are this process's and this monitor's, whatever the environment says.
+
+Those of client_python become files shared by processes, and by monitors, where `PROMETHEUS_MULTIPROC_DIR` is set, as
+SGLang sets it, and cannot be made where that directory is missing. Its metric families are used for the rest.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import threading
+from collections.abc import Iterator, Sequence
+
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+Key = tuple[str, ...]
+
+
+class Counts(Collector):
+    """A counter by labels."""
+
+    def __init__(self, name: str, text: str, labels: Sequence[str]) -> None:
+        self._about = (name, text)
+        self._labels = tuple(labels)
+        self._lock = threading.Lock()
+        self._counts: dict[Key, float] = {}
+
+    def begin(self, *key: str) -> None:
+        """Have it at 0 from now on: a counter that is first seen at 1 has no increase to Prometheus."""
+        with self._lock:
+            self._counts.setdefault(_texts(key), 0.0)
+
+    def add(self, *key: str) -> None:
+        """Count one."""
+        texts = _texts(key)
+        with self._lock:
+            self._counts[texts] = self._counts.get(texts, 0.0) + 1.0
+
+    def collect(self) -> Iterator[Metric]:
+        """The counter as it is."""
+        family = CounterMetricFamily(*self._about, labels=self._labels)
+        with self._lock:
+            for key, count in self._counts.items():
+                family.add_metric(key, count)
+        yield family
+
+
+class Durations(Collector):
+    """A histogram of seconds by labels."""
+
+    def __init__(self, name: str, text: str, labels: Sequence[str], buckets_s: Sequence[float]) -> None:
+        self._about = (name, text)
+        self._labels = tuple(labels)
+        self._buckets_s = (*buckets_s, float("inf"))
+        self._lock = threading.Lock()
+        self._counts: dict[Key, list[int]] = {}
+        self._sums_s: dict[Key, float] = {}
+
+    def begin(self, *key: str) -> None:
+        """Have it at 0 from now on."""
+        with self._lock:
+            self._begin(_texts(key))
+
+    def observe(self, seconds: float, *key: str) -> None:
+        """Take in one duration."""
+        texts = _texts(key)
+        with self._lock:
+            self._begin(texts)
+            self._counts[texts][bisect.bisect_left(self._buckets_s, seconds)] += 1
+            self._sums_s[texts] += seconds
+
+    def collect(self) -> Iterator[Metric]:
+        """The histogram as it is."""
+        family = HistogramMetricFamily(*self._about, labels=self._labels)
+        bounds = [floatToGoString(bound) for bound in self._buckets_s]
+        with self._lock:
+            for key, counts in self._counts.items():
+                buckets = list(zip(bounds, itertools.accumulate(counts), strict=True))
+                family.add_metric(key, buckets, self._sums_s[key])
+        yield family
+
+    def _begin(self, key: Key) -> None:
+        if key not in self._counts:
+            self._counts[key] = [0] * len(self._buckets_s)
+            self._sums_s[key] = 0.0
+
+
+def _texts(key: Key) -> Key:
+    # A member of an enum of texts is equal to its text, but is not found in its place.
+    return tuple(map(str, key))
