@@ -26,8 +26,9 @@ import time
 import traceback
 from typing import Any
 
-Header = tuple[str, int, int, tuple[int, tuple[int, ...]], str, tuple[str, ...]]
-"""Caller, number and attempt of the call; what the caller has settled; the method, and the names of its keywords."""
+Header = tuple[str, int, int, bool, tuple[int, tuple[int, ...]], str, tuple[str, ...]]
+"""Caller, number and attempt of the call; whether the actor has answered the caller before; what the caller has
+settled; the method, and the names of its keywords."""
 
 BOOK = "_enginefsm_book_1"  # the number is that of the layout above
 MAX_OUTCOMES = 1000  # held for one caller; past it the oldest is dropped
@@ -70,12 +71,12 @@ def run_once(actor: Any, header: Header, *values: Any) -> Any:
     running waits for it; only the newest attempt at a call waits, so that repeated attempts do not fill an actor's
     threads. What a superseded attempt returns reaches nobody.
     """
-    caller, number, attempt, settled, method, keywords = header
+    caller, number, attempt, answered, settled, method, keywords = header
     book = actor.__dict__.setdefault(BOOK, _Book())
     book.setdefault("run", run_once)
     callers, changed = book.setdefault("callers", {}), book.setdefault("changed", threading.Condition())
     with changed:
-        page = _page(callers, caller, settled[0], knows_actor=attempt > 0 or settled != (0, ()))
+        page = _page(callers, caller, settled[0], came_before=answered or attempt > 0)
         _settle(page, *settled)
         changed.notify_all()  # whoever waits for a call that was given up may go
         _drop_oldest(page)
@@ -128,11 +129,11 @@ def _forget_locals(error: BaseException) -> None:
             found += one.exceptions if isinstance(one, BaseExceptionGroup) else ()
 
 
-def _page(callers: dict[str, Any], caller: str, below: int, knows_actor: bool) -> dict[str, Any]:
+def _page(callers: dict[str, Any], caller: str, below: int, came_before: bool) -> dict[str, Any]:
     now = time.monotonic()
     if caller not in callers:
-        # Whoever has dealt with this actor before is in its book, unless the process is a new one.
-        if knows_actor and _was_restarted():
+        # Whoever has come to this actor before is in its book, unless the process is a new one.
+        if came_before and _was_restarted():
             raise RuntimeError(RESTARTED)
         for name, page in list(callers.items()):
             _drop_oldest(page)

@@ -67,7 +67,16 @@ def method_name(method: ActorMethod) -> str:
 
 def signature(method: ActorMethod) -> inspect.Signature | None:
     """The method's signature without `self`."""
-    return None if method._signature is None else inspect.Signature(method._signature)
+    parameters = method._signature
+    if parameters is None:
+        return None
+    # Ray keeps one list of parameters a class and method; kept here with its signature, so that its id stays its own.
+    if id(parameters) not in _signatures:
+        _signatures[id(parameters)] = (parameters, inspect.Signature(parameters))
+    return _signatures[id(parameters)][1]
+
+
+_signatures: dict[int, tuple[list[inspect.Parameter], inspect.Signature]] = {}
 
 
 def temp_dir() -> str:

@@ -186,9 +186,10 @@ class Call:
         caller, settled = self.engine.ledger.header()
         self.submitted_at = time.monotonic()
         """When its newest submission was made, on the monotonic clock."""
-        header = (caller, self._number, self.attempt, settled, self.method, self._arguments.keywords)
+        answered = self.engine.ledger.answered
+        header = (caller, self._number, self.attempt, answered, settled, self.method, self._arguments.keywords)
         submit: Callable[..., Any] = self.engine.handle.__ray_call__.options(**self._options).remote
-        code = None if self.engine.ledger.answered else _RUN_ONCE
+        code = None if answered else _RUN_ONCE
         # One argument, not three: Ray pickles each by itself.
         carrier = functools.partial(_ENTER, code, header)
         self.ref: ObjectRef[Any] = submit(carrier, *self._arguments.values())

@@ -107,6 +107,7 @@ def kill(pid: int) -> None:
 
     Raises:
         NotAnEngineError: it is neither an engine's nor a manager's, or has ended already.
+        PermissionError: it is another user's.
     """
     with _target(pid) as pidfd:
         _signal(pidfd, signal.SIGKILL)
@@ -123,6 +124,7 @@ def freeze(pid: int, for_s: float | None = None) -> "Freeze":
     Raises:
         NotAnEngineError: it is neither an engine's nor a manager's, or has ended already.
         ValueError: it is the calling process, which nothing would be left to thaw; or `for_s` is not a positive time.
+        PermissionError: it is another user's.
     """
     if for_s is not None and not 0 < for_s <= threading.TIMEOUT_MAX:
         raise ValueError(f"for_s={for_s!r} is not a positive time in seconds: leave it out to freeze until thaw()")
@@ -307,9 +309,9 @@ def _not_permitted(number: int, pid: int) -> OSError:
     """Give the error for a process whose sockets are out of reach; OSError picks its own subclass by the number."""
     return OSError(
         number,
-        f"{os.strerror(number)}: the sockets of pid {pid} are out of reach: to look at them takes its user or root; to "
-        "cut it from a process other than the caller also takes Linux 5.6 and the right to trace it (root, CAP_SYS_PTRACE "
-        "or kernel.yama.ptrace_scope=0; in a container --cap-add=SYS_PTRACE)",
+        f"{os.strerror(number)}: the sockets of pid {pid} are out of reach: they are its user's and root's, and to cut "
+        "two other processes takes Linux 5.6 and the right to trace as well (root, CAP_SYS_PTRACE or "
+        "kernel.yama.ptrace_scope=0; in a container --cap-add=SYS_PTRACE)",
     )
 
 

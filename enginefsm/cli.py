@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     Subparsers = _SubParsersAction["_Parser"]
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
-"""Exit codes. 130 is what shells give a command that SIGINT ended."""
+"""Exit codes. 130 is what shells give a command that Ctrl-C ended."""
 
 
 class UsageError(Exception):
@@ -82,7 +82,7 @@ def _add_demo(subparsers: Subparsers) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--model", type=Path, default=argparse.SUPPRESS, metavar="PATH",
-        help="the directory of the model that sglang serves (default: a tiny one with random weights, made for the run)",
+        help="the directory of the model that sglang serves (default: a tiny one is made, with random weights)",
     )  # fmt: skip
     parser.add_argument("--metrics-port", type=int, default=0, metavar="PORT", help="for /metrics; 0 takes a free one")
 

@@ -173,7 +173,7 @@ class MonitoredEngine:
     def step(self, reason: Reason) -> bool:
         """Move for `reason`, if there is such an edge from here; says whether it moved."""
         with self._lock:
-            return self._step(reason)
+            return self._step(reason, time.monotonic())
 
     def observe(self, outcome: Outcome, *, launches: bool, submitted_at: float) -> None:
         """Take in what came of a submission that was made at `submitted_at` (monotonic)."""
@@ -190,7 +190,7 @@ class MonitoredEngine:
                     return  # asked before the break, and answered before it: no sign that the engine is back
             reason = reason_for(outcome, state=self.state, launches=launches, launched=self._record.succeeded)
             if reason is not None:
-                self._step(reason)
+                self._step(reason, now)
 
     def plan_resubmission(self, policy: RetryPolicy, call: Retried) -> bool:
         """Set when `call`, which found the engine unavailable, is to be submitted again; False when out of bounds."""
@@ -208,8 +208,8 @@ class MonitoredEngine:
             call.attempts_in_outage += 1
             return True
 
-    def _step(self, reason: Reason) -> bool:
-        step = self._record.move(reason, time.monotonic(), time.time())
+    def _step(self, reason: Reason, now: float) -> bool:
+        step = self._record.move(reason, now, time.time())
         if step is None:
             return False
         # Queued here, under the lock, so that an engine's steps keep their order; delivered by whoever let go of it.

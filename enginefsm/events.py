@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import time
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from enginefsm.outcomes import Outcome
 from enginefsm.states import Transition
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class CallOutcome:
+class CallOutcome(NamedTuple):
     """One submission of a call was answered, or failed."""
 
     engine: str
@@ -22,11 +20,11 @@ class CallOutcome:
     """0 for the first submission; above it, the re-await of that number."""
     took_s: float
     """From the submission to its outcome."""
-    probe: bool = False
+    probe: bool
     """Whether the call was a probe."""
-    incarnation: int = 1
+    incarnation: int
     """Of the engine."""
-    at_s: float = dataclasses.field(default_factory=time.time)
+    at_s: float
     """When: seconds since the epoch."""
 
 

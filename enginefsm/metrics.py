@@ -77,6 +77,7 @@ class FleetMetrics(Collector):
         self._engines = engines
         self._groups: set[tuple[str, str, str]] = set()
         self._methods: set[tuple[str, str, str, str]] = set()
+        self._edges: dict[tuple[tuple[str, str, str], EngineState | None, Reason], Counter] = {}
         self._stopped_at_s = 0.0
 
         def counter(name: str, text: str, labels: Sequence[str]) -> Counter:
@@ -130,7 +131,10 @@ class FleetMetrics(Collector):
         if group not in self._groups:
             self._groups.add(group)
             self._begin_at_zero(group)
-        self._transitions.labels(*group, step.from_state or "", step.to_state, step.reason).inc()
+        edge = (group, step.from_state, step.reason)
+        if edge not in self._edges:  # finding a labelled counter takes longer than counting
+            self._edges[edge] = self._transitions.labels(*group, step.from_state or "", step.to_state, step.reason)
+        self._edges[edge].inc()
         if step.first_ready:
             self._launch_duration.labels(*group).observe(step.age_s)
         if step.from_state is EngineState.UNAVAILABLE:

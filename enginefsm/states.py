@@ -5,10 +5,10 @@ Pure: no Ray, no threads, no Prometheus. Whoever drives a record passes the time
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Mapping
 from enum import StrEnum
+from typing import NamedTuple
 
 from transitions import Machine
 
@@ -48,6 +48,7 @@ class Reason(StrEnum):
     RELEASED = "released"
 
 
+_STATES = {state.value: state for state in EngineState}
 _LIVE = (EngineState.LAUNCHING, EngineState.READY, EngineState.UNAVAILABLE)
 
 # What each reason does: from which states, to which. No reason leaves DEAD, and none but RECOVERED makes an
@@ -90,8 +91,7 @@ MACHINE = Machine(
 logging.getLogger("transitions.core").addFilter(lambda line: not (line.args and line.args[0] == MACHINE.name))  # type: ignore[index]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Transition:
+class Transition(NamedTuple):
     """One step of one engine, as listeners see it."""
 
     engine: str
@@ -154,24 +154,25 @@ class EngineRecord:
         Returns the step taken, or None when the reason means nothing in this state: a dead engine stays dead, and
         an engine already unavailable does not become so twice.
         """
-        left = EngineState(self.state)
+        left = _STATES[self.state]
         event = MACHINE.events[reason.value]
         if left not in event.transitions:
             return None
         event.trigger(self)
+        reached = _STATES[self.state]
         spent_s = now - self.since
         self.spent[left] = self.spent.get(left, 0.0) + spent_s
         self.reason, self.since, self.since_epoch_s = reason, now, epoch_s
-        first_ready = self.state == EngineState.READY and not self.ever_ready
+        first_ready = reached is EngineState.READY and not self.ever_ready
         self.ever_ready = self.ever_ready or first_ready
         return Transition(
-            self.name, self.labels, self.incarnation, left, EngineState(self.state), reason, spent_s,
-            now - self.launched_at, epoch_s, first_ready,
+            self.name, self.labels, self.incarnation, left, reached, reason, spent_s, now - self.launched_at, epoch_s,
+            first_ready,
         )  # fmt: skip
 
     def time_in_states(self, now: float) -> dict[EngineState, float]:
         """Seconds spent in each state so far, the present one included, in the order in which they were entered."""
-        present = EngineState(self.state)
+        present = _STATES[self.state]
         return self.spent | {present: self.spent.get(present, 0.0) + now - self.since}
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 from ray._raylet import ActorID, Language, PythonFunctionDescriptor
 from ray.actor import ActorHandle
+
+from enginefsm.calls import Ledger
 
 
 def bare_handle(*methods: str) -> ActorHandle:
@@ -30,3 +35,29 @@ def bare_handle(*methods: str) -> ActorHandle:
         cluster_and_job=None,
         weak_ref=True,
     )
+
+
+class RecordingHandle:
+    """Stands where a handle's `__ray_call__` is: keeps what is submitted instead of sending it."""
+
+    def __init__(self) -> None:
+        self.submitted: list[tuple[Any, ...]] = []
+        """The carrier of each submission, and the values after it."""
+        self.options_given: list[dict[str, Any]] = []
+
+    @property
+    def __ray_call__(self) -> RecordingHandle:
+        return self
+
+    def options(self, **options: Any) -> RecordingHandle:
+        self.options_given.append(options)
+        return self
+
+    def remote(self, carrier: Any, *values: Any) -> object:
+        self.submitted.append((carrier, *values))
+        return object()  # as good as a reference, to what never looks into it
+
+
+def recording_engine() -> SimpleNamespace:
+    """As much of an engine as a `Call` sees, with a `RecordingHandle`."""
+    return SimpleNamespace(name="e", launch="init", ledger=Ledger(), handle=RecordingHandle())

@@ -52,7 +52,7 @@ class StandInFleet:
 
     def answer(self, name, outcome, *, attempt=0, probe=False, took_s=1.0, method="init"):
         labels = self.engines[name].labels
-        self.metrics(CallOutcome(name, labels, method, outcome, attempt, took_s, probe))
+        self.metrics(CallOutcome(name, labels, method, outcome, attempt, took_s, probe, 1, time.time()))
 
     def release(self, name):
         self.step(name, Reason.RELEASED)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
-import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, RayError
 
@@ -25,13 +24,15 @@ class Bringup:
     def __init__(
         self,
         monitor: EngineMonitor,
-        make_actor: Callable[[EnginePlan], ActorHandle[object]],
+        model: str,
+        start_actor: Callable[[EnginePlan], ActorHandle[Any]],
         injector: Injector,
         board: Board,
         view: View,
     ) -> None:
         self._monitor = monitor
-        self._make_actor = make_actor
+        self._model = model
+        self._start_actor = start_actor
         self._injector = injector
         self._board = board
         self._view = view
@@ -48,7 +49,6 @@ class Bringup:
             self._view.failure(error)
             return False
         while True:
-            began_at = time.monotonic()
             try:
                 self._wait()
             except RayError as error:
@@ -68,7 +68,7 @@ class Bringup:
             self._injector.begin(engine, pid, plan.faults)
 
     def _adopt(self, plan: EnginePlan) -> MonitoredEngine:
-        engine = self._monitor.adopt(self._make_actor(plan), name=plan.name, worker_type="regular")
+        engine = self._monitor.adopt(self._start_actor(plan), name=plan.name, model=self._model, worker_type="regular")
         self._engines[plan.name] = engine
         return engine
 
@@ -94,9 +94,3 @@ class Bringup:
             self._calls[engine.name] = successor.init.remote()
             self._view.note(f"{engine.name} is replaced by a new actor; the other engines are awaited on")
         return True
-
-
-def make_actor(cls: type, arguments: tuple[object, ...], keywords: dict[str, object]) -> ActorHandle[object]:
-    """Start an actor that asks for no resources: they are all on this machine anyway."""
-    handle: ActorHandle[object] = ray.remote(num_cpus=0)(cls).remote(*arguments, **keywords)
-    return handle

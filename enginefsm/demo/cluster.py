@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 import ray
 from ray._private import ray_constants
+from ray._private import worker as ray_worker
 
 _END_TIMEOUT_S = 10.0
 
 
 @contextmanager
 def local_ray() -> Iterator[None]:
-    """Run a Ray for the time of the block. At its end every process that it left below this one is ended."""
+    """Run a Ray for the time of the block. At its end every process that it left below this one is ended.
+
+    An interrupt that comes while Ray starts takes effect once it has: half a Ray does not end in good order.
+    """
     os.environ.update(
         RAY_AUTH_MODE="disabled",  # nobody else can reach it
         RAY_USAGE_STATS_ENABLED="0",
@@ -26,40 +31,49 @@ def local_ray() -> Iterator[None]:
         RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
     )
     ray_constants.ENABLE_RAY_CLUSTER = False
+    # With log_to_driver=False Ray still prints a paragraph for each worker that dies, which get() says as well.
+    ray_worker.print_to_stdstream = _drop
     try:
-        ray.init(
-            address="local",
-            num_cpus=1,  # how many workers are started in advance; the engines ask for none
-            num_gpus=0,
-            include_dashboard=False,
-            logging_level="ERROR",
-            log_to_driver=False,
-            _node_ip_address="127.0.0.1",
-        )
+        with _sigint_held():
+            ray.init(
+                address="local",
+                num_cpus=1,  # how many workers are started in advance; the engines ask for none
+                num_gpus=0,
+                include_dashboard=False,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                _node_ip_address="127.0.0.1",
+            )
+        # Ray's own handler aborts the process, and leaves its engines to find out.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         yield
     finally:
-        with _uninterrupted():
+        with _sigint_held():
             _end()
 
 
 def _end() -> None:
     below = psutil.Process().children(recursive=True)
     ray.shutdown()
-    # The engines' servers end by themselves when their actors do, a moment later. An interrupt in the middle of
-    # ray.init() leaves processes that ray.shutdown() does not know of.
+    # The engines' servers end by themselves, a moment after their actors.
     _, left = psutil.wait_procs(below, timeout=_END_TIMEOUT_S)
     for process in left:
-        process.kill()
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _drop(*_: object, **__: object) -> None:
+    pass
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Let a second Ctrl-C wait: what is done here ends soon, and cut short it would leave processes behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _sigint_held() -> Iterator[None]:
+    """Let a Ctrl-C take effect after the block."""
+    interrupted = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+        if interrupted.is_set():
+            raise KeyboardInterrupt

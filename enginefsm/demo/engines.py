@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
+import ray
+from ray.actor import ActorHandle
+
 from enginefsm import sglang, standin
+from enginefsm.demo.plan import EnginePlan
 
 
 class _Counted:
@@ -31,9 +36,14 @@ class SGLangEngine(_Counted, sglang.SGLangEngine):
     """The real one, counted."""
 
 
-def arguments_for(engine: str, *, model: str, load_s: float, log_dir: str) -> tuple[type, tuple[Any, ...], dict[str, Any]]:
-    """Give the class of the kind of engine, and what its constructor takes."""
+def start_actor(engine: str, plan: EnginePlan, *, model: str, log_dir: Path) -> ActorHandle[Any]:
+    """Start the actor of a planned engine. It asks Ray for no resources: all of them are on this machine anyway."""
+    cls: Any
+    arguments: tuple[Any, ...] = ()
     if engine == "sglang":
-        keywords = {"env": sglang.CPU_ENV, "log_dir": log_dir, "startup_deadline_s": 600.0}
-        return SGLangEngine, (sglang.cpu_server_args(model),), keywords
-    return StandInEngine, (), {"load_s": load_s, "log_dir": log_dir}
+        cls, arguments = SGLangEngine, (sglang.cpu_server_args(model),)
+        keywords: dict[str, Any] = {"env": sglang.CPU_ENV}
+    else:
+        cls, keywords = StandInEngine, {"load_s": plan.load_s}
+    handle: ActorHandle[Any] = ray.remote(num_cpus=0)(cls).remote(*arguments, log_dir=str(log_dir), **keywords)
+    return handle

@@ -41,7 +41,9 @@ class Injector:
 
     def begin(self, engine: MonitoredEngine, pid: int, faults: tuple[Fault, ...]) -> None:
         """Inject `faults` into the engine's process `pid`, from now on."""
-        thread = threading.Thread(target=self._run, args=(engine, pid, faults), name=f"faults-{engine.name}", daemon=True)
+        thread = threading.Thread(
+            target=self._run, args=(engine, pid, faults), name=f"faults-{engine.name}", daemon=True
+        )
         self._threads.append(thread)
         thread.start()
 
@@ -101,4 +103,6 @@ class Injector:
         return True
 
     def _tell(self, engine: MonitoredEngine, fault: Fault, what: str, *, hit: bool = True) -> None:
+        if not hit and self._stop.is_set():
+            return
         self._report(Injection(fault, engine.incarnation, self._clock_s(), hit, what))

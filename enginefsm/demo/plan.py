@@ -31,7 +31,9 @@ class EnginePlan:
     faults: tuple[Fault, ...]
 
 
-def make_plan(names: Sequence[str], kinds: Sequence[FaultKind], seed: int, load_s: tuple[float, float]) -> list[EnginePlan]:
+def make_plan(
+    names: Sequence[str], kinds: Sequence[FaultKind], seed: int, load_s: tuple[float, float]
+) -> list[EnginePlan]:
     """Deal the faults out.
 
     One engine at most is killed: that is enough to fail a bringup. The other kinds are dealt in turn to the others,

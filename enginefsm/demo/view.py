@@ -11,6 +11,7 @@ from typing import Protocol, Self
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
+from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
@@ -24,6 +25,7 @@ _STYLES = {
     EngineState.UNAVAILABLE: "bold magenta",
     EngineState.DEAD: "bold red",
 }
+_RAISED = "get() raised, as the job would see it"
 _REFRESHES_PER_S = 8
 _LINES_AROUND_TABLE = 8
 
@@ -64,13 +66,13 @@ class Lines:
 
     def note(self, text: str, style: str = "") -> None:
         """Print it, with the time."""
-        self._console.print(Text(f"{self._clock_s():6.1f} s  {text}", style), soft_wrap=True)
+        say(self._console, f"{self._clock_s():6.1f} s  {text}", style)
 
     def failure(self, error: Exception) -> None:
         """Print what the last lines of its traceback are."""
-        self.note("get() raised, as the job would see it:", "bold red")
-        for line in _as_seen(error):
-            self._console.print(Text(f"          | {line}", "red"), soft_wrap=True)
+        self.note(_RAISED, "bold red")
+        for line in _as_seen(error).split("\n"):
+            say(self._console, f"          | {line}", "red")
 
     def event(self, event: Event) -> None:
         """Print a step of an engine."""
@@ -110,11 +112,15 @@ class LiveTable(Lines):
     def __exit__(self, *_: object) -> None:
         self._live.stop()
 
+    def failure(self, error: Exception) -> None:
+        """Frame it: these are long lines."""
+        self._console.print(Panel(Text(_as_seen(error)), title=_RAISED, title_align="left", border_style="red"))
+
     def event(self, event: Event) -> None:
         """Leave it to the table."""
 
     def _draw(self) -> Group:
-        engines = sorted(self._engines(), key=lambda engine: engine.name)
+        engines = sorted(self._engines(), key=_place)
         up = sum(engine.state is EngineState.READY for engine in engines)
         title = Text.assemble(("enginefsm demo", "bold"), f"  {up} of {len(engines)} ready  {self._clock_s():.1f} s")
         room = max(1, self._console.height - _LINES_AROUND_TABLE)
@@ -123,19 +129,19 @@ class LiveTable(Lines):
             # What is ready is of least interest.
             shown = sorted(engines, key=lambda engine: engine.state is EngineState.READY)[:room]
             hidden = len(engines) - len(shown)
-            engines = sorted(shown, key=lambda engine: engine.name)
+            engines = sorted(shown, key=_place)
         more = [Text(f" and {hidden} more", "dim")] if hidden else []
         return Group(title, self._table(engines), *more, Text(self._caption, "dim"))
 
     def _table(self, engines: Sequence[MonitoredEngine]) -> Table:
-        table = Table(box=box.SIMPLE_HEAD, expand=True, pad_edge=False)
+        table = Table(box=box.SIMPLE_HEAD, expand=True, pad_edge=False, padding=(0, 1, 0, 0))
         for header, justify, ratio in (
             ("engine", "left", None),
             ("state", "left", None),
             ("for", "right", None),
             ("tries", "right", None),
             ("reason", "left", None),
-            ("faults injected", "left", 1),
+            ("faults", "left", 1),
         ):
             table.add_column(header, justify=justify, ratio=ratio, no_wrap=True)  # type: ignore[arg-type]
         now = time.time()
@@ -152,31 +158,37 @@ class LiveTable(Lines):
         return table
 
 
+def say(console: Console, text: str, style: str = "") -> None:
+    """Print one line; a terminal wraps it between words."""
+    console.print(Text(text, style), soft_wrap=not console.is_terminal)
+
+
 def summarize(console: Console, lives: Sequence[Life], heading: str, came_up: bool) -> bool:
     """Print what was injected and what came of it; says whether all is as it should be."""
-    console.print(Text(heading, "bold"), soft_wrap=True)
+    say(console, heading, "bold")
     title_width = max((len(life.title) for life in lives), default=0)
     faults_width = max((len(_faults(life)) for life in lives), default=0)
     for life in lives:
         line = f"  {life.title:{title_width}}  {_faults(life):{faults_width}}  {_outcome(life)}"
-        console.print(Text(line, "" if life.is_as_it_should_be else "bold red"), soft_wrap=True)
-    wrong = [life for life in lives if not life.is_as_it_should_be]
-    if came_up and not wrong:
-        dead = sum(life.was_killed for life in lives)
-        died = f" {dead} was killed, failed the bringup at once, and was replaced." if dead else ""
-        text = f"All as it should be: {len(lives) - dead} engines came up, and init ran once in each.{died}"
-        console.print(Text(text, "bold green"), soft_wrap=True)
-        return True
-    names = ", ".join(life.title for life in wrong) or "the bringup failed"
-    console.print(Text(f"Not as it should be: {names}.", "bold red"), soft_wrap=True)
-    return False
+        say(console, line, "" if life.is_as_it_should_be else "bold red")
+    wrong = [life.title for life in lives if not life.is_as_it_should_be]
+    killed = [life.name for life in lives if life.was_killed]
+    if wrong or not came_up:
+        say(console, f"Not as it should be: {', '.join(wrong) or 'the bringup failed'}.", "bold red")
+        return False
+    if killed:
+        say(console, f"{', '.join(killed)} was killed: get() named it at once, and it was replaced.")
+    count = len(lives) - len(killed)
+    say(console, f"{count} of {count} engines came up and answer; init ran once in each.", "bold green")
+    return True
 
 
 def _faults(life: Life) -> str:
-    marks = [
-        (f"{each.fault.kind} {each.at_s:.1f} s" if each.hit else f"{each.fault.kind} missed") for each in life.injections
-    ]
-    return ", ".join(marks) or "-"
+    """Say what hit it: `cut at 1.2, 3.4 s`. An engine is hit in one way."""
+    moments_s = ", ".join(f"{each.at_s:.1f}" for each in life.injections if each.hit)
+    hits = [f"{life.injections[0].fault.kind} at {moments_s} s"] if moments_s else []
+    missed = [f"{each.fault.kind} missed" for each in life.injections if not each.hit]
+    return "; ".join(hits + missed) or "-"
 
 
 def _outcome(life: Life) -> str:
@@ -189,5 +201,10 @@ def _outcome(life: Life) -> str:
     return f"ready after {life.ready_after_s:.1f} s, {tries}{ran}"
 
 
-def _as_seen(error: Exception) -> list[str]:
-    return [line for text in traceback.format_exception_only(error) for line in text.rstrip("\n").split("\n")]
+def _place(engine: MonitoredEngine) -> tuple[int, str]:
+    return len(engine.name), engine.name  # engine-2 before engine-10
+
+
+def _as_seen(error: Exception) -> str:
+    # Ray colours its own, for a terminal that it takes for granted.
+    return Text.from_ansi("".join(traceback.format_exception_only(error))).plain.rstrip("\n")
