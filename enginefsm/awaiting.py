@@ -233,7 +233,8 @@ class Await:
         engine = one.engine
         self._emit(
             CallOutcome(
-                engine.name, engine.labels, one.method, outcome, one.attempt, took_s, one.is_probe, engine.incarnation
+                engine.name, engine.labels, one.method, outcome, one.attempt, took_s, one.is_probe,
+                engine.incarnation, time.time(),
             )
         )  # fmt: skip
 

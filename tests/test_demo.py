@@ -1,6 +1,7 @@
 """The demo as its users run it: a command, on a real Ray, with real faults."""
 
 import contextlib
+import ipaddress
 import itertools
 import os
 import pty
@@ -81,6 +82,15 @@ class Demo:
         heading = max(place for place, line in enumerate(self.lines) if line.startswith("enginefsm demo:"))
         return self.lines[heading + 1 :]
 
+    def listening_hosts(self) -> set[str]:
+        self.note_processes()
+        hosts = set()
+        for process in [psutil.Process(self.process.pid), *self.below]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                sockets = process.net_connections("tcp")
+                hosts |= {each.laddr.ip for each in sockets if each.status == psutil.CONN_LISTEN}
+        return hosts
+
     def left(self) -> list[psutil.Process]:
         return [process for process in self.below if not ended(process)]
 
@@ -106,6 +116,9 @@ def test_the_default_run_comes_up_through_its_cuts_and_serves_metrics_meanwhile(
     demo.read_until(r"connection cut")
     with urllib.request.urlopen(url, timeout=10) as answer:
         metrics = answer.read().decode()
+    hosts = demo.listening_hosts()
+    assert hosts
+    assert all(ipaddress.ip_address(host.removeprefix("::ffff:")).is_loopback for host in hosts), hosts
     assert demo.finish() == cli.OK, demo.text
     assert time.monotonic() - began_at < 60
 

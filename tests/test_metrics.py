@@ -75,7 +75,7 @@ class Fleet:
         )
 
     def outcome(self, outcome, *, method="init", attempt=0, took_s=0.0, probe=False):
-        self.metrics(CallOutcome("e", self.engines[0].labels, method, outcome, attempt, took_s, probe))
+        self.metrics(CallOutcome("e", self.engines[0].labels, method, outcome, attempt, took_s, probe, 1, 0.0))
 
     def launch(self):
         self.step(None, EngineState.LAUNCHING, Reason.LAUNCHED)
