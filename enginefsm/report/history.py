@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -58,6 +59,12 @@ class Life:
     def title(self) -> str:
         """The engine's name, with the incarnation if it is not the first."""
         return self.engine if self.incarnation == 1 else f"{self.engine} #{self.incarnation}"
+
+    @property
+    def launched_s(self) -> float:
+        """When its first known state began, in seconds since the epoch."""
+        first = self.steps[0]
+        return float(first["at_s"]) - max(0.0, float(first["spent_s"]))
 
     @property
     def state(self) -> str:
@@ -199,7 +206,10 @@ class History:
                 for life in manager.lives.values():
                     life.steps.sort(key=lambda step: int(step["seq"]))
                     life.marks.sort()
-                    life.spans = _spans(life.steps, manager.last_s)
+                for lives in manager.engines().values():
+                    for life, successor in itertools.zip_longest(lives, lives[1:]):
+                        until_s = successor.launched_s if successor is not None and successor.steps else manager.last_s
+                        life.spans = _spans(life.steps, until_s)
         return [Run(run, managers) for run, managers in sorted(by_run.items())]
 
 

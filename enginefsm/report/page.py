@@ -163,7 +163,7 @@ def _slowest(run: Run) -> Iterator[str]:
         if is_never and life.state != EngineState.DEAD:
             text = f"not yet: {escape(life.state)}, {duration(after_s)}"
         yield (
-            f'<tr><td>{escape(life.title)}</td><td class="n">{text}</td><td style="width:45%">'
+            f'<tr><td>{escape(life.title)}</td><td class="n">{text}</td><td>'
             f'<span class="bar{" never" if is_never else ""}" style="width:{after_s / longest_s:.1%}"></span></td></tr>'
         )
     yield "</tbody></table>"

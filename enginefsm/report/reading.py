@@ -50,7 +50,7 @@ class _NoEventError(ValueError):
 
 def _parsed(text: bytes) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text.decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise _NoEventError("not UTF-8") from None
     except RecursionError:
@@ -121,7 +121,7 @@ def _checked(event: Any) -> EventJson | None:
         return None
     for name, is_right in fields.items():
         if name not in event:
-            raise _NoEventError(f"not an event: a {event['kind']} without {name}")
+            raise _NoEventError(f"not an event: {event['kind']} lacks {name}")
         if not is_right(event[name]):
             raise _NoEventError(f"not an event: {name} cannot be {_short(event[name])}")
     if event["kind"] == "begin" and event.get("format", FORMAT) != FORMAT:

@@ -19,9 +19,10 @@ _MARKS = {
     "fault": '<path d="M0 0 L4.5 -8 L-4.5 -8 Z"/>',
     "failed": '<circle r="4"/><path d="M-2 -2 L2 2 M-2 2 L2 -2"/>',
     "answered": '<circle r="4"/>',
+    "died": '<path d="M-4 -4 L4 4 M-4 4 L4 -4"/>',
 }
 _MEANINGS = {
-    "fault": "call failed", "failed": "re-await failed", "answered": "re-await answered",
+    "fault": "call failed", "failed": "re-await failed", "answered": "re-await answered", "died": "died",
 }  # fmt: skip
 
 
@@ -96,6 +97,8 @@ def _life(life: Life, start_s: float, length_s: float, size: str) -> Iterator[st
             f'<rect class="{span.state}" x="{at}" width="{width}" y="{y}" height="{tall}">'
             f"<title>{escape(_of_span(life, span, start_s))}</title></rect>"
         )
+        if thin:
+            yield f'<use href="#died-{size}" class="died" x="{at}" y="{top + height // 2}"/>'
     if life.reason == Reason.RELEASED:
         at_s = float(life.steps[-1]["at_s"]) - start_s
         at = _percent(at_s, length_s)
