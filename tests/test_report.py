@@ -279,7 +279,10 @@ STEP = Log().smooth("e").lines[1]
         ({**STEP, "to": ["ready"]}, 'not an event: to cannot be ["ready"]'),
         ({**STEP, "labels": {"a": 1}}, "not an event: labels cannot be"),
         ({**STEP, "incarnation": True}, "not an event: incarnation cannot be true"),
-        ({"kind": "begin", "run": "a", "manager": "m", "at_s": 1, "format": 2}, "of format 2, and this enginefsm reads"),
+        (
+            {"kind": "begin", "run": "a", "manager": "m", "at_s": 1, "format": 2},
+            "of format 2, and this enginefsm reads",
+        ),
     ],
 )
 def test_a_bad_line_is_named_and_costs_no_other(report, line, complaint):
@@ -363,7 +366,9 @@ def test_the_trace_is_in_the_format_that_perfetto_and_chrome_open(report):
     slices = {}
     for event in events:
         if event["ph"] == "X":
-            slices.setdefault(threads[event["pid"], event["tid"]], []).append((event["name"], event["ts"], event["dur"]))
+            slices.setdefault(threads[event["pid"], event["tid"]], []).append(
+                (event["name"], event["ts"], event["dur"])
+            )
     assert slices["e-1"] == [
         ("launching", 0, 4_000_000), ("unavailable", 4_000_000, 5_000_000), ("ready", 9_000_000, 11_000_000)
     ]  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import http.server
-import itertools
 import json
 import os
 import pty
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import ray
-from engines import Engine
+from engines import Engine, wait_until
 from ray.exceptions import ActorDiedError
 
 import enginefsm
@@ -33,7 +32,6 @@ HERE = Path(__file__).parent
 COMMAND = [sys.executable, "-m", "enginefsm.cli"]
 TIMEOUT_S = 90
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-runs = itertools.count()
 
 
 class Scene:
@@ -43,6 +41,7 @@ class Scene:
         self.tmp_path = tmp_path
         self.file_sd = tmp_path / "hub.json"
         self.monitors = []
+        self.directories = {}
 
     @property
     def address(self):
@@ -55,15 +54,18 @@ class Scene:
     def launch(self, monitor, name, **labels):
         directory = self.tmp_path / f"{len(list(self.tmp_path.iterdir()))}"
         directory.mkdir()
+        self.directories[name] = directory
         (directory / "gate").touch()
         engine = monitor.adopt(ray.remote(num_cpus=0)(Engine).remote(str(directory)), name=name, **labels)
         monitor.get(engine.init.remote())
         return engine
 
     def kill(self, monitor, engine):
+        call = engine.hold.remote()
+        wait_until((self.directories[engine.name] / "held").exists, what="the call")
         ray.kill(engine.handle)
         with pytest.raises(ActorDiedError):
-            monitor.get(engine.times_init_ran.remote())
+            monitor.get(call)
 
     def url(self):
         return ray.get(hub.find().address.remote())
@@ -73,9 +75,13 @@ class Scene:
             for engine in monitor.engines():
                 ray.kill(engine.handle)
             monitor.close()
-        handle = hub.find()
-        if handle is not None:
-            ray.kill(handle)
+        if hub.find() is not None:
+            self.kill_hub()
+
+    def kill_hub(self):
+        pid = ray.get(hub.find().fleet.remote())["hub"]["pid"]
+        ray.kill(hub.find())
+        wait_until(lambda: hub.find() is None and not Path(f"/proc/{pid}").exists(), what="the hub's end")
 
 
 @pytest.fixture
@@ -161,7 +167,7 @@ def test_the_reader_goes_from_ray_to_http_and_back_when_the_hub_is_another(scene
         assert reader._ray is not None
         assert reader.read()["hub"] == first["hub"]
         assert reader._ray is None  # over HTTP by now
-        ray.kill(hub.find())
+        scene.kill_hub()
         with pytest.raises(NothingToSeeError, match=r"has no hub of enginefsm|does not answer"):
             reader.read()
         scene.launch(bringup, "engine-3")
@@ -174,19 +180,22 @@ def test_the_reader_goes_from_ray_to_http_and_back_when_the_hub_is_another(scene
 def test_a_cluster_without_a_hub_is_said_to_be_so(scene):
     for command in ("status", "watch"):
         ran = subprocess.run(
-            [*COMMAND, command, "--address", scene.address], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+            [*COMMAND, command, "--address", scene.address],
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
         )
         assert (ran.returncode, ran.stdout) == (cli.FAILED, "")
         assert re.fullmatch(rf"enginefsm {command}: the Ray cluster at .* has no hub of enginefsm: .*\n", ran.stderr)
 
 
 def test_no_cluster_on_this_machine_is_said_to_be_so_and_none_is_started(tmp_path):
-    # Ray looks for its processes in its temporary directory and among those of the machine: here it sees neither.
+    # Ray looks in its temporary directory, and for processes of the machine, of which it is to see none here.
     environ = {"ENGINEFSM_HUB_FILE_SD": str(tmp_path / "none"), "RAY_TMPDIR": str(tmp_path), "TMPDIR": str(tmp_path)}
     code = (
-        "import sys, psutil; psutil.process_iter = lambda *a, **k: iter(()); "
-        "import ray._private.services as s; s.find_gcs_addresses = lambda: set(); "
-        "import runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+        "import functools, runpy, sys; import ray._private.services as services; "
+        "services.find_gcs_addresses = functools.cache(lambda: set()); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     child = Path(enginefsm.__file__).parent / "children" / "hub_reader.py"
     ran = subprocess.run(
@@ -226,7 +235,9 @@ def test_an_address_that_never_answers_ends_the_wait_and_leaves_no_process(silen
         HubReader(f"http://{silent}").read()
 
 
-@pytest.mark.parametrize("address", ["local", "head", "head:port", "head:99999", "https://head:1", "ftp://head", "http://"])
+@pytest.mark.parametrize(
+    "address", ["local", "head", "head:port", "head:99999", "https://head:1", "ftp://head", "http://"]
+)
 def test_what_is_no_address_is_said_to_be_so(address):
     code, out, err = run_status("--address", address)
     assert (code, out) == (cli.FAILED, "")
@@ -305,8 +316,8 @@ def test_watch_on_a_terminal_is_a_table_that_follows_the_fleet_until_ctrl_c(scen
         watch.read_until(r"engine-0 +ready +\d+\.\d s +init_succeeded +node-7")
         scene.kill(monitor, engine)
         watch.read_until(r"engine-0 +dead +\d+\.\d s +actor_died")
-        ray.kill(hub.find())
-        watch.read_until(r"no hub answers at .* refused; this is what it said \d+ s ago|no hub answers at")
+        scene.kill_hub()
+        watch.read_until(r"no hub answers at")
         assert watch.interrupt() == cli.OK
         assert "Traceback" not in watch.text
     assert b"\x1b[2K" in watch.seen  # redrawn in place
@@ -324,7 +335,7 @@ def test_watch_elsewhere_writes_a_line_for_each_change(scene):
         watch.read_until(r"  glm-rl  engine-0: ready -> dead \(actor_died\)\n")
         monitor.close()
         watch.read_until(r"  glm-rl: 1 of 2 ready, 1 dead; .*; ended .* ago\n")
-        ray.kill(hub.find())
+        scene.kill_hub()
         watch.read_until(r"  no hub answers at .*; it is tried again\n")
         assert watch.interrupt() == cli.OK
         assert "\x1b" not in watch.seen.decode()

@@ -131,6 +131,7 @@ class _ThroughRay:
             [sys.executable, _CHILD, cluster, NAME, namespace],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, bufsize=0,
             start_new_session=True,  # a Ctrl-C is for this process
+            env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},  # it outdoes "auto"
         )  # fmt: skip
         self._unread = b""
         try:
