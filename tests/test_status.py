@@ -195,7 +195,8 @@ def test_no_cluster_on_this_machine_is_said_to_be_so_and_none_is_started(tmp_pat
     environ = {"ENGINEFSM_HUB_FILE_SD": str(tmp_path / "none"), "RAY_TMPDIR": str(tmp_path), "TMPDIR": str(tmp_path)}
     code = (
         "import functools, runpy, sys; import ray._private.services as services; "
-        "services.find_gcs_addresses = functools.cache(lambda: set()); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+        "services.find_gcs_addresses = functools.cache(lambda: set()); "
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     child = Path(enginefsm.__file__).parent / "children" / "hub_reader.py"
     ran = subprocess.run(
@@ -422,7 +423,7 @@ def test_an_interval_that_is_none_is_refused(interval, capsys):
 
 def test_a_reader_that_has_seen_enough_ends_it_without_words(scene, bringup):
     ran = subprocess.run(
-        ["bash", "-c", f"{' '.join(COMMAND)} status --address {scene.url()} --json | head -c 1; echo ${{PIPESTATUS[0]}}"],
+        ["bash", "-c", f"{' '.join(COMMAND)} status --address {scene.url()} --json | head -c 1; echo ${{PIPESTATUS}}"],
         capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
     )  # fmt: skip
     assert ran.stdout == "{0\n"
