@@ -6,7 +6,10 @@ What a subcommand needs is imported when it runs: `--help` and `--version` need 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import json
+import os
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -42,10 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
-        return run(arguments)
+        code = run(arguments)
+        sys.stdout.flush()
+        return code
     except UsageError as error:
         sys.stderr.write(f"{arguments.prog}: {error}\n")
         return USAGE
+    except BrokenPipeError:  # whoever read the output has seen enough; nothing more is to be written at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
     except KeyboardInterrupt:
         sys.stderr.write(f"{arguments.prog}: interrupted\n")
         return INTERRUPTED
@@ -85,6 +93,10 @@ def _add_demo(subparsers: Subparsers) -> None:
         help="the directory of the model that sglang serves (default: a tiny one is made, with random weights)",
     )  # fmt: skip
     parser.add_argument("--metrics-port", type=int, default=0, metavar="PORT", help="for /metrics; 0 takes a free one")
+    parser.add_argument(
+        "--events", type=Path, default=argparse.SUPPRESS, metavar="PATH",
+        help="append a log of events to this file, for enginefsm report",
+    )  # fmt: skip
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -101,6 +113,7 @@ def _demo(arguments: argparse.Namespace) -> int:
             engine=arguments.engine,
             model=getattr(arguments, "model", None),
             metrics_port=arguments.metrics_port,
+            events=getattr(arguments, "events", None),
         )
         return OK if demo.run(options) else FAILED
     except demo.DemoError as error:
@@ -133,7 +146,135 @@ def _dashboards(arguments: argparse.Namespace) -> int:
     return OK
 
 
-COMMANDS: tuple[Callable[[Subparsers], None], ...] = (_add_demo, _add_dashboards)
+def _add_status(subparsers: Subparsers) -> None:
+    parser = _add_command(
+        subparsers, "status", _status,
+        "Say what the cluster's hub knows: runs, engines, their states, since when and why. The exit code is 1 when "
+        "there is no cluster, no hub, or no such run.",
+    )  # fmt: skip
+    _add_hub_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print the hub's JSON (see enginefsm.export.fleet)")
+    parser.add_argument(
+        "--all", action="store_true", help=f"name every engine, though more than {_MOST_READY} are ready"
+    )
+
+
+def _add_watch(subparsers: Subparsers) -> None:
+    parser = _add_command(
+        subparsers, "watch", _watch,
+        "Show what the cluster's hub knows until Ctrl-C: a live table on a terminal, a line for each change elsewhere.",
+    )  # fmt: skip
+    _add_hub_arguments(parser)
+    parser.add_argument("--interval-s", type=_interval_s, default=1.0, metavar="S", help="seconds between two looks")
+
+
+def _add_hub_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address", default=argparse.SUPPRESS,
+        help="the Ray cluster's, HOST:PORT, or the hub's own, http://HOST:PORT (default: $RAY_ADDRESS, or the cluster "
+        "on this machine)",
+    )  # fmt: skip
+    # Not --run's own name: a subcommand's function has it.
+    parser.add_argument("--run", dest="run_name", default=argparse.SUPPRESS, metavar="RUN", help="show this run alone")
+
+
+def _interval_s(text: str) -> float:
+    seconds = float(text)
+    if not 0.1 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"from 0.1 to 3600 seconds, not {text}")
+    return seconds
+
+
+_MOST_READY = 40
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from enginefsm import status
+    from enginefsm.status import words
+
+    run: str | None = getattr(arguments, "run_name", None)
+    try:
+        with contextlib.closing(status.HubReader(getattr(arguments, "address", None))) as reader:
+            fleet = status.checked_run(reader.read(run), run)
+    except status.NothingToSeeError as error:
+        return _nothing_to_see(arguments, error)
+    on_terminal = sys.stdout.isatty()
+    if arguments.json:
+        sys.stdout.write(json.dumps(fleet, indent=2) + "\n")
+        return OK
+    most_ready = _MOST_READY if on_terminal and not arguments.all else None
+    if on_terminal and importlib.util.find_spec("rich") is not None:
+        from rich.console import Console
+
+        from enginefsm.status.look import tables
+
+        Console(highlight=False).print(tables(fleet, most_ready=most_ready))
+    else:
+        sys.stdout.writelines(f"{line}\n" for line in words.lines(fleet, most_ready=most_ready))
+    return OK
+
+
+def _watch(arguments: argparse.Namespace) -> int:
+    from enginefsm import status
+    from enginefsm.status.watching import watch_lines, watch_table
+
+    draws = sys.stdout.isatty() and os.environ.get("TERM") not in (None, "dumb")
+    watch = watch_table if draws and importlib.util.find_spec("rich") is not None else watch_lines
+    try:
+        with contextlib.closing(status.HubReader(getattr(arguments, "address", None))) as reader:
+            watch(reader, getattr(arguments, "run_name", None), arguments.interval_s)
+    except status.NothingToSeeError as error:
+        return _nothing_to_see(arguments, error)
+    except KeyboardInterrupt:
+        pass  # the way to end it
+    return OK
+
+
+def _nothing_to_see(arguments: argparse.Namespace, error: Exception) -> int:
+    sys.stderr.write(f"{arguments.prog}: {error}\n")
+    return FAILED
+
+
+def _add_report(subparsers: Subparsers) -> None:
+    parser = _add_command(
+        subparsers, "report", _report,
+        "Make one page of event logs (of ENGINEFSM_EXPORT=jsonl:PATH): a timeline of the engines, the slowest, the "
+        "causes.",
+    )  # fmt: skip
+    parser.add_argument("events", type=Path, nargs="+", metavar="EVENTS.jsonl", help="the event log, or several")
+    parser.add_argument(
+        "--format", choices=("html", "perfetto"), default="html",
+        help="html: a page that needs no network; perfetto: a trace for https://ui.perfetto.dev and chrome://tracing",
+    )  # fmt: skip
+    parser.add_argument(
+        "-o", "--output", default=argparse.SUPPRESS, metavar="FILE",
+        help="where to write it, - for standard output (default: report.html, or trace.json)",
+    )  # fmt: skip
+
+
+def _complain(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from enginefsm import report
+
+    output: str = getattr(arguments, "output", "report.html" if arguments.format == "html" else "trace.json")
+    try:
+        made = report.make(arguments.events, arguments.format, _complain)
+        if output == "-":
+            sys.stdout.buffer.write(made)
+        else:
+            report.write(made, Path(output), arguments.events)
+            sys.stdout.write(f"{output}\n")
+    except report.ReportError as error:
+        raise UsageError(str(error)) from error
+    return OK
+
+
+COMMANDS: tuple[Callable[[Subparsers], None], ...] = (
+    _add_demo, _add_status, _add_watch, _add_report, _add_dashboards,
+)  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -119,6 +119,7 @@ def fleet_in_trouble(fleet):
     fleet.outcome(Outcome.SUCCEEDED, attempt=1, probe=True)
     fleet.step(EngineState.UNAVAILABLE, EngineState.DEAD, Reason.RETRY_EXHAUSTED)
     fleet.metrics.listener_failed(print)
+    fleet.metrics.expect_exporter("hub")
     fleet.engines = [Engine(state=EngineState.DEAD, reason=Reason.RETRY_EXHAUSTED)]
     return fleet
 

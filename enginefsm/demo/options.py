@@ -48,6 +48,8 @@ class Options:
     model: Path | None = None
     """For `engine="sglang"`; None makes a tiny one."""
     metrics_port: int = 0
+    events: Path | None = None
+    """Where a log of events is written, for `enginefsm report`."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.engines <= MOST_ENGINES:

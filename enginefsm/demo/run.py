@@ -23,6 +23,7 @@ from enginefsm.demo.faults import Injection, Injector
 from enginefsm.demo.options import DemoError, Options
 from enginefsm.demo.plan import make_plan
 from enginefsm.demo.view import Lines, LiveTable, View, say, summarize
+from enginefsm.export import EventLog
 from enginefsm.metrics import MetricsServer
 
 _ADDR = "127.0.0.1"
@@ -58,8 +59,9 @@ class _Demo:
         self._directory = directory
         self._console = Console(highlight=False)
         self._board = Board(launch="init")
+        log = [] if options.events is None else [EventLog(options.events)]
         policy = RetryPolicy(launch_deadline_s=_LAUNCH_DEADLINE_S[options.engine])
-        self._monitor = EngineMonitor("demo", policy, [self._board])
+        self._monitor = EngineMonitor("demo", policy, [self._board], export=log)
         self._began_at = time.monotonic()
         engines = f"{options.engines} {options.engine} engine{'s' if options.engines > 1 else ''}"
         faults = ", ".join(options.faults) or "none"

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
-from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
@@ -18,16 +17,19 @@ from rich.text import Text
 from enginefsm import EngineState, Event, MonitoredEngine, Transition
 from enginefsm.demo.board import Board, Life
 from enginefsm.demo.faults import Injection
+from enginefsm.tables import STYLES, Column, engine_table, what_fits
 
-_STYLES = {
-    EngineState.LAUNCHING: "yellow",
-    EngineState.READY: "green",
-    EngineState.UNAVAILABLE: "bold magenta",
-    EngineState.DEAD: "bold red",
-}
 _RAISED = "get() raised, as the job would see it"
 _REFRESHES_PER_S = 8
 _LINES_AROUND_TABLE = 8
+_COLUMNS: tuple[Column, ...] = (
+    ("engine", "left", None),
+    ("state", "left", None),
+    ("for", "right", None),
+    ("tries", "right", None),
+    ("reason", "left", None),
+    ("faults", "left", 1),
+)
 
 
 class View(Protocol):
@@ -79,7 +81,7 @@ class Lines:
         if isinstance(event, Transition):
             title = Life(event.engine, event.incarnation).title
             step = f"{event.from_state} -> {event.to_state}" if event.from_state else event.to_state
-            self.note(f"{title}: {step} ({event.reason})", _STYLES[event.to_state])
+            self.note(f"{title}: {step} ({event.reason})", STYLES[event.to_state])
 
     def injected(self, injection: Injection) -> None:
         """Print a fault."""
@@ -120,36 +122,28 @@ class LiveTable(Lines):
         """Leave it to the table."""
 
     def _draw(self) -> Group:
-        engines = sorted(self._engines(), key=_place)
-        up = sum(engine.state is EngineState.READY for engine in engines)
-        title = Text.assemble(("enginefsm demo", "bold"), f"  {up} of {len(engines)} ready  {self._clock_s():.1f} s")
-        room = max(1, self._console.height - _LINES_AROUND_TABLE)
-        hidden = 0
-        if len(engines) > room:
-            # What is ready is of least interest.
-            shown = sorted(engines, key=lambda engine: engine.state is EngineState.READY)[:room]
-            hidden = len(engines) - len(shown)
-            engines = sorted(shown, key=_place)
+        all_engines = self._engines()
+        up = sum(engine.state is EngineState.READY for engine in all_engines)
+        title = Text.assemble(
+            ("enginefsm demo", "bold"), f"  {up} of {len(all_engines)} ready  {self._clock_s():.1f} s"
+        )
+        engines, hidden = what_fits(
+            all_engines,
+            max(1, self._console.height - _LINES_AROUND_TABLE),
+            lambda engine: engine.name,
+            lambda engine: engine.state is EngineState.READY,
+        )
         more = [Text(f" and {hidden} more", "dim")] if hidden else []
         return Group(title, self._table(engines), *more, Text(self._caption, "dim"))
 
     def _table(self, engines: Sequence[MonitoredEngine]) -> Table:
-        table = Table(box=box.SIMPLE_HEAD, expand=True, pad_edge=False, padding=(0, 1, 0, 0))
-        for header, justify, ratio in (
-            ("engine", "left", None),
-            ("state", "left", None),
-            ("for", "right", None),
-            ("tries", "right", None),
-            ("reason", "left", None),
-            ("faults", "left", 1),
-        ):
-            table.add_column(header, justify=justify, ratio=ratio, no_wrap=True)  # type: ignore[arg-type]
+        table = engine_table(_COLUMNS)
         now = time.time()
         for engine in engines:
             life, state = self._board.life(engine.name, engine.incarnation), engine.state
             table.add_row(
                 life.title,
-                Text(state, _STYLES[state]),
+                Text(state, STYLES[state]),
                 f"{max(0.0, now - engine.state_since):.1f} s",
                 str(life.attempts),
                 engine.reason,
@@ -199,10 +193,6 @@ def _outcome(life: Life) -> str:
     ran = {None: "", 1: ", init ran once"}.get(life.inits, f", init ran {life.inits} times")
     tries = "1 try" if life.attempts == 1 else f"{life.attempts} tries"
     return f"ready after {life.ready_after_s:.1f} s, {tries}{ran}"
-
-
-def _place(engine: MonitoredEngine) -> tuple[int, str]:
-    return len(engine.name), engine.name  # engine-2 before engine-10
 
 
 def _as_seen(error: Exception) -> str:
