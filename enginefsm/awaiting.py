@@ -18,8 +18,8 @@ from enginefsm.outcomes import Outcome, classify
 from enginefsm.policy import RetryPolicy
 from enginefsm.states import GIVEN_UP, EngineState, Reason
 
-GATHER_S = 5e-6  # a reference
-MOST_GATHER_S = 0.01
+GATHER_S = 2e-5  # a reference
+MOST_GATHER_S = 0.05
 LOOK_S = 1.0  # how long a wait goes on before it looks whether another thread has given an engine up
 
 
