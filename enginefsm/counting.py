@@ -30,13 +30,12 @@ class Counts(Collector):
     def begin(self, *key: str) -> None:
         """Have it at 0 from now on: a counter that is first seen at 1 has no increase to Prometheus."""
         with self._lock:
-            self._counts.setdefault(_texts(key), 0.0)
+            self._counts.setdefault(key, 0.0)
 
     def add(self, *key: str) -> None:
         """Count one."""
-        texts = _texts(key)
         with self._lock:
-            self._counts[texts] = self._counts.get(texts, 0.0) + 1.0
+            self._counts[key] = self._counts.get(key, 0.0) + 1.0
 
     def collect(self) -> Iterator[Metric]:
         """The counter as it is."""
@@ -61,15 +60,14 @@ class Durations(Collector):
     def begin(self, *key: str) -> None:
         """Have it at 0 from now on."""
         with self._lock:
-            self._begin(_texts(key))
+            self._begin(key)
 
     def observe(self, seconds: float, *key: str) -> None:
         """Take in one duration."""
-        texts = _texts(key)
         with self._lock:
-            self._begin(texts)
-            self._counts[texts][bisect.bisect_left(self._buckets_s, seconds)] += 1
-            self._sums_s[texts] += seconds
+            self._begin(key)
+            self._counts[key][bisect.bisect_left(self._buckets_s, seconds)] += 1
+            self._sums_s[key] += seconds
 
     def collect(self) -> Iterator[Metric]:
         """The histogram as it is."""
@@ -85,8 +83,3 @@ class Durations(Collector):
         if key not in self._counts:
             self._counts[key] = [0] * len(self._buckets_s)
             self._sums_s[key] = 0.0
-
-
-def _texts(key: Key) -> Key:
-    # A member of an enum of texts is equal to its text, but is not found in its place.
-    return tuple(map(str, key))

@@ -17,7 +17,7 @@ from enginefsm import _ray_handles
 from enginefsm.calls import Awaited, EngineMethod, Ledger, PlainRef
 from enginefsm.outcomes import Outcome, reason_for
 from enginefsm.policy import HELD_S, Outage, RetryPolicy
-from enginefsm.states import GIVEN_UP, EngineRecord, EngineState, Reason, Transition
+from enginefsm.states import GIVEN_UP, STATES, EngineRecord, EngineState, Reason, Transition
 
 PLAIN_REFS_KEPT = 100  # an engine
 
@@ -107,7 +107,7 @@ class MonitoredEngine:
     @property
     def state(self) -> EngineState:
         """Where it is now."""
-        return EngineState(self._record.state)
+        return STATES[self._record.state]
 
     @property
     def reason(self) -> Reason:
