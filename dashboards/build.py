@@ -318,9 +318,7 @@ def bringup() -> dashboard.Dashboard:
     built.with_panel(
         grid(
             "Not ready",
-            "Engines that are not ready, for how long, and why, the longest first. The reason is told where the "
-            "engine's bounds were spent, or where its kind has come to this state in one way only; else it is one of "
-            "those in “Transitions so far”.",
+            "Engines that are not ready, for how long, and why they are unavailable or dead, the longest first.",
             "s", [rows(f"sort_desc({q.not_ready()})")],
             {
                 "engine": "Engine", "state": "State", "Value": "For", "reason": "Reason", "node": "Node",

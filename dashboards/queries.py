@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+from enginefsm.states import EDGES, EngineState
+
 ENGINE = "run, model, worker_type, engine"
 GROUP = "run, model, worker_type"
 
@@ -121,39 +123,33 @@ def timeline() -> str:
 def not_ready() -> str:
     """By engine that is not ready, with its state, reason, node, incarnation and actor: seconds in that state.
 
-    No metric tells the reason of each engine, but it follows: exhaustion is told by engine, and where all others of the
-    engine's kind came to its state by one reason, it is that. Else the label says so.
+    One that launches has no reason: it is launched.
     """
     not_in_ready = f'{IN_GROUP}, state!="ready"'
     state = f"({known('enginefsm_engine_state', f'{ENGINE}, state', not_in_ready)} == 1)"
-    exhausted = known("enginefsm_retry_exhausted_timestamp_seconds", f"{ENGINE}, reason")
-    others = f'{IN_GROUP}, reason!~"released|retry_exhausted|launch_deadline"'
-    steps = known("enginefsm_transitions_total", f"{GROUP}, from_state, to_state, reason", others)
-    steps = f'label_replace({steps}, "state", "$1", "to_state", "(.*)")'
-    taken = f"sum by ({GROUP}, state, reason) ({steps}) > 0"
-    sole = f"({taken}) and on ({GROUP}, state) count by ({GROUP}, state) ({taken}) == 1"
-    reason = (
-        f'label_replace({exhausted}, "state", "dead", "", "")'
-        f" or on ({ENGINE}) ({state} * on ({GROUP}, state) group_left (reason) ({sole}))"
-        f' or on ({ENGINE}) label_replace({state}, "reason", "one of several, see the transitions", "", "")'
-    )
     since = still(known("enginefsm_engine_state_since_timestamp_seconds", ENGINE))
+    newest_info = _newest("enginefsm_engine_info", "node, incarnation, actor_id", f'{IN_GROUP}, node=~"$node"')
     return (
         f"(time() - {since})"
-        f" * on ({ENGINE}) group_left (state, reason) (({reason}) > bool -1)"
-        f" * on ({ENGINE}) group_left (node, incarnation, actor_id) {_newest_info()}"
+        f" * on ({ENGINE}) group_left (state, reason)"
+        f" ({_with_reason(EngineState.UNAVAILABLE)} or {_with_reason(EngineState.DEAD)} or on ({ENGINE}) {state})"
+        f" * on ({ENGINE}) group_left (node, incarnation, actor_id) {newest_info}"
     )
 
 
-def _newest_info() -> str:
-    """One series an engine, of value 1: of the incarnations known, the one seen last."""
-    where = f'{IN_GROUP}, node=~"$node"'
-    labels = f"{ENGINE}, node, incarnation, actor_id"
-    seen = (
-        f"{_last_seen('enginefsm_engine_info', labels, where)}"
-        f" or max by ({labels}) (last_over_time(enginefsm_engine_info{{{where}}}[$__range]))"
-    )
-    present = f"max by ({labels}) (enginefsm_engine_info{{{where}}})"
+def _with_reason(state: EngineState) -> str:
+    """One series an engine in a state, of value 1, with the reason that took it there."""
+    reasons = "|".join(reason for reason, (_, dest) in EDGES.items() if dest is state)
+    reason = _newest("enginefsm_engine_reason", "reason", f'{IN_GROUP}, reason=~"{reasons}"')
+    now_in = known("enginefsm_engine_state", f"{ENGINE}, state", f'{IN_GROUP}, state="{state}"')
+    return f"({now_in} == 1) * on ({ENGINE}) group_left (reason) {reason}"
+
+
+def _newest(gauge: str, labels: str, where: str) -> str:
+    """One series an engine, of value 1: of a gauge's series of the engine, which differ in `labels`, the last seen."""
+    labels = f"{ENGINE}, {labels}"
+    seen = f"{_last_seen(gauge, labels, where)} or max by ({labels}) (last_over_time({gauge}{{{where}}}[$__range]))"
+    present = f"max by ({labels}) ({gauge}{{{where}}})"
     return f"(topk by ({ENGINE}) (1, {present} or (({seen}) unless on (run) {HEARTBEAT})) > bool 0)"
 
 

@@ -21,6 +21,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from enginefsm.counting import Counts, Durations
+from enginefsm.engine import EngineSnapshot
 from enginefsm.events import CallOutcome, Event
 from enginefsm.outcomes import Outcome
 from enginefsm.states import EDGES, GIVEN_UP, EngineState, Reason, Transition
@@ -40,31 +41,19 @@ PHASES = ("in_progress", "succeeded", "failed")
 PER_ENGINE: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "engine_state": ("1 for the state that the engine is in.", (*ENGINE, "state")),
     "engine_state_since_timestamp_seconds": ("When the engine entered its state.", ENGINE),
+    "engine_reason": ("1 for the reason why the engine is unavailable or dead.", (*ENGINE, "reason")),
     "engine_info": ("The engine's actor.", (*ENGINE, "node", "actor_id", "incarnation")),
     "retry_exhausted_timestamp_seconds": ("When the engine was given up, its bounds spent.", (*ENGINE, "reason")),
 }
 """The gauges of single engines: what each says, and its labels."""
+WITH_REASON = frozenset({EngineState.UNAVAILABLE, EngineState.DEAD})
+"""The states whose reason is told of each engine: a fleet that is well pays nothing for it."""
 
 
 class EngineView(Protocol):
-    """What is read of an engine at a scrape."""
+    """What is asked of an engine at a scrape."""
 
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def labels(self) -> Mapping[str, str]: ...  # noqa: D102
-    @property
-    def state(self) -> EngineState: ...  # noqa: D102
-    @property
-    def state_since(self) -> float: ...  # noqa: D102
-    @property
-    def reason(self) -> Reason: ...  # noqa: D102
-    @property
-    def actor_id(self) -> str: ...  # noqa: D102
-    @property
-    def incarnation(self) -> int: ...  # noqa: D102
-    @property
-    def ever_ready(self) -> bool: ...  # noqa: D102
+    def snapshot(self) -> EngineSnapshot: ...  # noqa: D102
 
 
 class FleetMetrics(Collector):
@@ -221,24 +210,27 @@ class FleetMetrics(Collector):
     def _collect_engines(self) -> Iterator[Metric]:
         state: dict[tuple[str, ...], float] = {}
         since: dict[tuple[str, ...], float] = {}
+        reasons: dict[tuple[str, ...], float] = {}
         info: dict[tuple[str, ...], float] = {}
         exhausted: dict[tuple[str, ...], float] = {}
         expected: collections.Counter[tuple[str, ...]] = collections.Counter()
-        bringups: dict[str, list[EngineView]] = {}
-        for engine in self._engines():
+        bringups: dict[str, list[EngineSnapshot]] = {}
+        for engine in [one.snapshot() for one in self._engines()]:
             group = self._group(engine.labels)
-            key = (*group, engine.name)
-            now_in = engine.state
-            state |= {(*key, one): float(one is now_in) for one in EngineState}
-            since[key] = engine.state_since
+            key = (*group, engine.engine)
+            state |= {(*key, one): float(one is engine.state) for one in EngineState}
+            since[key] = engine.since_s
             info[*key, engine.labels.get("node", ""), engine.actor_id, str(engine.incarnation)] = 1.0
+            if engine.state in WITH_REASON:
+                reasons[*key, engine.reason] = 1.0
             if engine.reason in GIVEN_UP:
-                exhausted[*key, engine.reason] = engine.state_since
+                exhausted[*key, engine.reason] = engine.since_s
             expected[group] += 1
             bringups.setdefault(group[1], []).append(engine)
         for name, values in (
             ("engine_state", state),
             ("engine_state_since_timestamp_seconds", since),
+            ("engine_reason", reasons),
             ("engine_info", info),
             ("retry_exhausted_timestamp_seconds", exhausted),
         ):

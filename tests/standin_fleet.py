@@ -1,4 +1,4 @@
-"""A fleet without Ray: real records of engines, driven by hand, behind the real metrics, served over real HTTP."""
+"""A fleet without engines: real records of them, driven by hand, behind the real metrics and the real exporters."""
 
 from __future__ import annotations
 
@@ -6,57 +6,72 @@ import contextlib
 import json
 import time
 
+from enginefsm.engine import EngineSnapshot
 from enginefsm.events import CallOutcome
+from enginefsm.export import Exports
 from enginefsm.metrics import FleetMetrics
 from enginefsm.outcomes import Outcome
 from enginefsm.states import EngineRecord, EngineState, Reason
 
 
 class StandIn:
-    """What the metrics read of an engine."""
+    """What metrics and exporters ask of an engine."""
 
     def __init__(self, name, labels, incarnation, launched_s_ago):
         self.record = EngineRecord(
             name, labels, incarnation, time.monotonic() - launched_s_ago, time.time() - launched_s_ago
         )
-        self.actor_id = f"{name}-{incarnation}"
 
-    name = property(lambda self: self.record.name)
-    labels = property(lambda self: self.record.labels)
-    state = property(lambda self: EngineState(self.record.state))
-    state_since = property(lambda self: self.record.since_epoch_s)
-    reason = property(lambda self: self.record.reason)
-    incarnation = property(lambda self: self.record.incarnation)
-    ever_ready = property(lambda self: self.record.ever_ready)
+    def snapshot(self):
+        one = self.record
+        return EngineSnapshot(
+            one.name, one.labels, one.incarnation, f"{one.name}-{one.incarnation}", EngineState(one.state), one.reason,
+            one.since_epoch_s, dict(one.spent), one.ever_ready,
+        )  # fmt: skip
 
 
 class StandInFleet:
     """Engines of one run. What happens to them happens `s_ago`: the tests need not wait for time to pass."""
 
-    def __init__(self, run):
+    def __init__(self, run, exporters=()):
         self.run = run
-        self.engines = {}
-        self.metrics = FleetMetrics(run, lambda: list(self.engines.values()))
+        self._engines = {}
+        self.metrics = FleetMetrics(run, self.engines)
+        self._exports = Exports(exporters, self)
+
+    def engines(self):
+        return list(self._engines.values())
+
+    def engine(self, name):
+        return self._engines.get(name)
+
+    def _tell(self, event):
+        for listener in (self.metrics, *self._exports.outboxes):
+            listener(event)
+
+    def flush(self):
+        assert self._exports.flush(60)
 
     def launch(self, name, *, s_ago=0.0, incarnation=1, model="tiny", worker_type="regular", **labels):
         labels = {"model": model, "worker_type": worker_type, **labels}
         engine = StandIn(name, labels, incarnation, s_ago)
-        self.engines[name] = engine
-        self.metrics(engine.record.first_step())
+        self._engines[name] = engine
+        self._tell(engine.record.first_step())
         self.metrics.expect_calls(labels, "init")
 
     def step(self, name, reason, *, s_ago=0.0):
-        step = self.engines[name].record.move(reason, time.monotonic() - s_ago, time.time() - s_ago)
-        assert step is not None, f"{reason} does not move {name} from {self.engines[name].state}"
-        self.metrics(step)
+        record = self._engines[name].record
+        step = record.move(reason, time.monotonic() - s_ago, time.time() - s_ago)
+        assert step is not None, f"{reason} does not move {name} from {record.state}"
+        self._tell(step)
 
     def answer(self, name, outcome, *, attempt=0, probe=False, took_s=1.0, method="init"):
-        labels = self.engines[name].labels
-        self.metrics(CallOutcome(name, labels, method, outcome, attempt, took_s, probe, 1, time.time()))
+        labels = self._engines[name].record.labels
+        self._tell(CallOutcome(name, labels, method, outcome, attempt, took_s, probe, 1, time.time()))
 
     def release(self, name):
         self.step(name, Reason.RELEASED)
-        del self.engines[name]
+        del self._engines[name]
 
     def bring_up(self, name, *, took_s, **labels):
         """An engine that launches without a fault."""

@@ -1,12 +1,12 @@
 """The dashboards: built by their builder, complete, and right.
 
-Right means: a real Prometheus, with the example configuration, scrapes a fleet with known faults, and every query of
-every panel and every variable gives what these faults imply; and again when the fleet's process is gone.
+Right means: a real Prometheus, with the example configuration, scrapes the hub, to which a manager in a Ray actor
+reports a fleet with known faults, and every query of every panel and every variable gives what these faults imply; and
+again when the manager is gone; and again when the hub is gone as well.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import re
@@ -15,15 +15,20 @@ from pathlib import Path
 
 import build
 import pytest
+import ray
 from engines import wait_until
+from known_faults import Manager
+from ray.exceptions import ActorDiedError
 from servers import monitoring
 from standin_fleet import StandInFleet
 
+import enginefsm
 from enginefsm import dashboard_files
-from enginefsm.outcomes import Outcome
+from enginefsm.export import hub
 from enginefsm.states import Reason
 
-GRAFANA = Path(__file__).parents[1] / "dashboards" / "grafana"
+HERE = Path(__file__).parent
+GRAFANA = HERE.parent / "dashboards" / "grafana"
 DASHBOARDS = {path.name: json.loads(path.read_text()) for path in sorted(GRAFANA.glob("*.json"))}
 PANELS = {
     (name, panel["title"]): panel
@@ -76,44 +81,6 @@ GLM = {"run": "glm", "model": "tiny"}
 REGULAR = {**GLM, "worker_type": "regular"}
 
 
-def launch_with_faults(glm):
-    """Every engine, at its beginning."""
-    for number in range(8):
-        glm.launch(f"e{number}", s_ago=200, node="n1" if number < 4 else "n2")
-    for name in ("p0", "d0", "d1"):
-        glm.launch(name, s_ago=200, worker_type={"p": "prefill", "d": "decode"}[name[0]], node="n3")
-    glm.launch("gone", s_ago=200, node="n3")
-    glm.metrics.expect_exporter("hub")
-
-
-def let_faults_happen(glm):
-    """Launches of 10, 10 and 50 s; an outage of 12 s in a launch of 100 s; every other way for an engine to end."""
-    for name, took_s in (("e0", 10), ("e1", 10), ("e2", 50), ("gone", 100)):
-        glm.step(name, Reason.INIT_SUCCEEDED, s_ago=200 - took_s)
-        glm.answer(name, Outcome.SUCCEEDED)
-    glm.step("e3", Reason.ACTOR_UNAVAILABLE, s_ago=112)
-    glm.answer("e3", Outcome.ACTOR_UNAVAILABLE)
-    glm.step("e3", Reason.RECOVERED, s_ago=100)
-    glm.answer("e3", Outcome.SUCCEEDED, attempt=1)
-    # e4 launches on.
-    glm.step("e5", Reason.ACTOR_UNAVAILABLE, s_ago=150)
-    glm.answer("e5", Outcome.ACTOR_UNAVAILABLE)
-    glm.answer("e5", Outcome.ACTOR_UNAVAILABLE, attempt=1, probe=True, took_s=0.4)
-    glm.step("e5", Reason.RETRY_EXHAUSTED, s_ago=30)
-    glm.step("e6", Reason.ACTOR_DIED, s_ago=20)
-    glm.answer("e6", Outcome.ACTOR_DIED)
-    glm.step("e7", Reason.ACTOR_UNAVAILABLE, s_ago=45)
-    glm.answer("e7", Outcome.ACTOR_UNAVAILABLE)
-    glm.step("p0", Reason.OUT_OF_MEMORY, s_ago=20)
-    glm.step("d0", Reason.CONSTRUCTOR_FAILED, s_ago=20)
-    glm.step("d1", Reason.INIT_FAILED, s_ago=20)
-    glm.release("gone")
-    glm.metrics.exporter_failed("hub")
-    glm.metrics.exporter_failed("hub")
-    for _ in range(3):
-        glm.metrics.event_dropped("hub")
-
-
 def about(seconds, up_to=120):
     """An age that began so many seconds before the faults were made, and has grown since."""
     return lambda value: seconds - 1 <= value <= seconds + up_to
@@ -121,8 +88,8 @@ def about(seconds, up_to=120):
 
 def not_ready(engine, state, reason, for_s, worker_type="regular", node="n2"):
     return {
-        "run": "glm", "model": "tiny", "worker_type": worker_type, "engine": engine, "state": state, "reason": reason,
-        "node": node, "incarnation": "1", "actor_id": f"{engine}-1",
+        "run": "glm", "model": "tiny", "worker_type": worker_type, "engine": engine, "state": state,
+        "node": node, "incarnation": "1", "actor_id": f"{engine}-1", **({"reason": reason} if reason else {}),
     }, about(for_s)  # fmt: skip
 
 
@@ -183,13 +150,13 @@ BRINGUP = {
         ({"state": "ready"}, 4), ({"state": "launching"}, 1), ({"state": "unavailable"}, 1), ({"state": "dead"}, 5),
     ],
     ("Not ready", "A"): [
-        not_ready("e4", "launching", "launched", 200),
+        not_ready("e4", "launching", None, 200),
         not_ready("e7", "unavailable", "actor_unavailable", 45),
         not_ready("e5", "dead", "retry_exhausted", 30),
         not_ready("e6", "dead", "actor_died", 20),
         not_ready("p0", "dead", "out_of_memory", 20, "prefill", "n3"),
-        not_ready("d0", "dead", "one of several, see the transitions", 20, "decode", "n3"),
-        not_ready("d1", "dead", "one of several, see the transitions", 20, "decode", "n3"),
+        not_ready("d0", "dead", "constructor_failed", 20, "decode", "n3"),
+        not_ready("d1", "dead", "init_failed", 20, "decode", "n3"),
     ],
     ("Launch time", "A"): launch_buckets(10.1, 10.1, 50, 100, 100),
     ("Launch time so far", "A"): [({}, lambda s: 30 < s <= 60)],
@@ -240,13 +207,13 @@ RUNS = {
     ],
     ("Outages", "A"): [({"run": "glm", "reason": "actor_unavailable"}, 3)],
     ("Launch time, by run", "A"): [({"run": "glm"}, lambda s: 30 < s <= 60), ({"run": "qwen"}, lambda s: 2 < s <= 5)],
-    ("Exporters, by run", "A"): [({"run": "glm"}, 2)],
-    ("Exporters, by run", "B"): [({"run": "glm"}, 3)],
+    ("Exporters, by run", "A"): [({"run": "glm"}, 2), ({"run": "qwen"}, 0)],
+    ("Exporters, by run", "B"): [({"run": "glm"}, 3), ({"run": "qwen"}, 0)],
 }  # fmt: skip
 
 
-def alerts(process_lives):
-    """What fires on the fleet's faults; on engines that live, only while their monitor does."""
+def alerts(hub_lives):
+    """What fires on the fleet's faults; on engines that live, only until their monitor is absent, or the hub is."""
 
     def alert(name, severity, **labels):
         return {
@@ -274,7 +241,7 @@ def alerts(process_lives):
         engine("EngineUnavailable", "warning", "e7"),
         engine("LaunchSlow", "warning", "e4"),
     ]
-    return lasting + (living if process_lives else [])
+    return lasting + (living if hub_lives else [])
 
 
 def all_of(text):
@@ -334,34 +301,41 @@ def same_value(found, expected):
 
 
 @pytest.fixture(scope="module")
-def watched(tmp_path_factory):
-    """Two runs before a real Prometheus: `glm` with faults, `qwen` that was up before its first scrape."""
+def watched(clusters, tmp_path_factory):
+    """The hub before a real Prometheus, and a manager's two runs: `glm` with faults, `qwen` without."""
     directory = tmp_path_factory.mktemp("watched")
     dashboard_files.write(directory)
-    targets = directory / "targets"
-    targets.mkdir()
-    glm, qwen = StandInFleet("glm"), StandInFleet("qwen")
-    launch_with_faults(glm)
-    for name in ("q0", "q1"):
-        qwen.bring_up(name, took_s=4, node="n9")
-    with monitoring(directory, directory / "examples", targets) as (server, _), contextlib.ExitStack() as processes:
-        seen = Watched(server)
-        for fleet in (glm, qwen):
-            processes.enter_context(fleet.served(targets))
-        server.wait_for('enginefsm_engine_state{run="glm", engine="gone", state="launching"} == 1')
-        let_faults_happen(glm)
-        server.wait_for('enginefsm_events_dropped_total{run="glm"} == 3')  # the last that happens
-        server.wait_for('enginefsm_monitor_info{run="qwen"}')
-        seen.processes = processes
-        yield seen
+    clusters.use(PYTHONPATH=f"{Path(enginefsm.__file__).parents[1]}:{HERE}")
+    file_sd = directory / "hub.json"
+    running = hub.start(hub.HubSettings(file_sd=str(file_sd)))
+    try:
+        with monitoring(directory, directory / "examples", file_sd) as (server, _):
+            seen = Watched(server)
+            seen.hub, seen.manager = running, ray.remote(num_cpus=0)(Manager).remote()
+            server.wait_for('up{job="enginefsm"} == 1')
+            ray.get(seen.manager.launch.remote())
+            server.wait_for('enginefsm_engine_state{run="glm", engine="gone", state="launching"} == 1')
+            ray.get(seen.manager.fail.remote())
+            server.wait_for('enginefsm_transitions_total{run="glm", reason="released"} == 1')  # the last that happens
+            server.wait_for('enginefsm_monitor_info{run="qwen"}')
+            yield seen
+    finally:
+        ray.kill(running)
 
 
-@pytest.fixture(scope="module", params=["while its process lives", "after its process is gone"])
+@pytest.fixture(
+    scope="module", params=["while its manager lives", "after its manager is gone", "after the hub is gone too"]
+)
 def fleet(request, watched):
-    """The same at two times, in this order."""
-    watched.process_lives = request.param.startswith("while")
-    if not watched.process_lives:
-        watched.processes.close()
+    """The same at three times, in this order."""
+    watched.hub_lives = "hub" not in request.param
+    if request.param == "after its manager is gone":
+        ray.kill(watched.manager)
+        with pytest.raises(ActorDiedError):
+            ray.get(watched.manager.fail.remote())
+        watched.server.wait_for(f'timestamp(up{{job="enginefsm"}}) > {time.time()}')
+    elif not watched.hub_lives:
+        ray.kill(watched.hub)
         watched.server.wait_until_gone("enginefsm_monitor_heartbeat_timestamp_seconds")
     return watched
 
@@ -385,10 +359,24 @@ def test_a_query_over_all_runs_gives_what_their_faults_imply(fleet, key):
 
 
 def test_the_alerts_that_fire_are_those_that_the_faults_imply(fleet):
-    expected = alerts(fleet.process_lives)
+    expected = alerts(fleet.hub_lives)
     shown = QUERIES["runs.json", "Alerts", "A"]
     wait_until(lambda: not differences(fleet.ask(shown, all_of(".*")), expected), 20, "the alerts")
     assert fleet.ask(QUERIES["runs.json", "Firing", "A"], all_of(".*")) == [({}, len(expected))]
+
+
+def test_the_alert_on_a_dead_engine_says_why_it_died(fleet):
+    reasons = {"e5": "retry_exhausted", "e6": "actor_died", "p0": "out_of_memory", "d0": "constructor_failed",
+               "d1": "init_failed"}  # fmt: skip
+
+    def told():
+        return {
+            one["labels"]["engine"]: re.findall("The reason: ([a-z_]+)\\.", one["annotations"]["description"])
+            for one in fleet.server.api("alerts")["alerts"]
+            if one["labels"]["alertname"] == "EnginefsmEngineDead"
+        }
+
+    wait_until(lambda: told() == {engine: [reason] for engine, reason in reasons.items()}, 20, "the alerts")
 
 
 def test_what_happened_before_the_first_scrape_is_counted_once(fleet):

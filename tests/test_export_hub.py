@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gzip
 import itertools
 import json
 import os
@@ -177,6 +178,21 @@ def test_the_hub_answers_what_it_has_and_nothing_else(place):
     with pytest.raises(urllib.error.HTTPError, match="501"):
         urllib.request.urlopen(place.url() + "/metrics", data=b"x")
     assert place.url().startswith("http://127.0.0.1:")
+
+
+def test_the_hub_compresses_what_it_serves_for_those_who_ask_for_that(place):
+    monitor = place.monitor()
+    for number in range(50):
+        adopt(monitor, f"engine-{number}")
+    assert monitor.flush(30)
+    monitor.close()
+    plain = place.get().encode()
+    request = urllib.request.Request(place.url() + "/metrics", headers={"Accept-Encoding": "deflate, gzip;q=0.8"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        assert (answer.headers["Content-Encoding"], answer.headers["Vary"]) == ("gzip", "Accept-Encoding")
+        sent = answer.read()
+    assert gzip.decompress(sent) == plain
+    assert len(sent) < len(plain) / 5
 
 
 def test_prometheus_finds_the_hub_by_its_file_which_goes_when_the_hub_ends_by_itself(place):

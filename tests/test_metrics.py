@@ -21,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import enginefsm
 from enginefsm import CallOutcome, EngineMonitor, EngineState, Outcome, Reason, Transition
+from enginefsm.engine import EngineSnapshot
 from enginefsm.metrics import FleetMetrics
 
 G = ("run", "model", "worker_type")
@@ -30,6 +31,7 @@ E = (*G, "engine")
 EXPECTED = {
     "engine_state": ("gauge", {*E, "state"}),
     "engine_state_since_timestamp_seconds": ("gauge", {*E}),
+    "engine_reason": ("gauge", {*E, "reason"}),
     "engine_info": ("gauge", {*E, "node", "actor_id", "incarnation"}),
     "transitions": ("counter", {*G, "from_state", "to_state", "reason"}),
     "outcomes": ("counter", {*G, "method", "outcome"}),
@@ -63,6 +65,12 @@ class Engine:
     actor_id: str = "abc"
     incarnation: int = 1
     ever_ready: bool = False
+
+    def snapshot(self):
+        return EngineSnapshot(
+            self.name, self.labels, self.incarnation, self.actor_id, self.state, self.reason, self.state_since, {},
+            self.ever_ready,
+        )  # fmt: skip
 
 
 class Fleet:
@@ -256,6 +264,21 @@ def test_an_engine_that_died_by_itself_was_not_given_up(fleet):
 
 
 # --- what is read of the engines ---
+
+
+def test_the_reason_of_each_engine_that_is_unavailable_or_dead_is_told_and_of_no_other(fleet):
+    fleet.engines = [
+        Engine("launched"),
+        Engine("back", reason=Reason.ACTOR_REACHABLE),
+        Engine("well", state=EngineState.READY, reason=Reason.RECOVERED),
+        Engine("silent", state=EngineState.UNAVAILABLE, reason=Reason.PROBE_TIMEOUT),
+        Engine("killed", state=EngineState.DEAD, reason=Reason.OUT_OF_MEMORY),
+    ]
+
+    told = fleet.families()["enginefsm_engine_reason"].samples
+    assert {(one.labels["engine"], one.labels["reason"], one.value) for one in told} == {
+        ("silent", "probe_timeout", 1), ("killed", "out_of_memory", 1),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("state", EngineState)

@@ -52,8 +52,8 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from enginefsm.engine import EngineSnapshot
-from enginefsm.metrics import GROUP, PER_ENGINE, bringup_gauges, monitor_gauges, phase
-from enginefsm.states import GIVEN_UP, EngineState, Reason
+from enginefsm.metrics import GROUP, PER_ENGINE, WITH_REASON, bringup_gauges, monitor_gauges, phase
+from enginefsm.states import GIVEN_UP, EngineState
 
 PROTOCOL = 1
 SILENT_S = 15.0
@@ -374,7 +374,7 @@ class _Entry:
     key: Key
     group: Group
     row: Row
-    lines: tuple[str, str, str, str]
+    lines: tuple[str, str, str, str, str]
     """Of each family of `PER_ENGINE`."""
 
     @property
@@ -398,15 +398,17 @@ class _Entry:
             for state in EngineState
         )
         entered = f"enginefsm_engine_state_since_timestamp_seconds{{{labels}}} {since}\n"
+        reason = ""
+        if row["state"] in WITH_REASON:
+            reason = f'enginefsm_engine_reason{{{labels},reason="{_escaped(row["reason"])}"}} 1\n'
         info = (
             f'enginefsm_engine_info{{{labels},node="{_escaped(row["labels"].get("node", ""))}",'
             f'actor_id="{_escaped(row["actor_id"])}",incarnation="{row["incarnation"]}"}} 1\n'
         )
         exhausted = ""
         if row["reason"] in GIVEN_UP:
-            reason = Reason(row["reason"])
-            exhausted = f'enginefsm_retry_exhausted_timestamp_seconds{{{labels},reason="{reason}"}} {since}\n'
-        return _Entry((*group, row["engine"]), group, row, (states, entered, info, exhausted))
+            exhausted = f'enginefsm_retry_exhausted_timestamp_seconds{{{labels},reason="{row["reason"]}"}} {since}\n'
+        return _Entry((*group, row["engine"]), group, row, (states, entered, reason, info, exhausted))
 
 
 class _Families(Collector):
