@@ -363,6 +363,8 @@ def test_the_trace_is_in_the_format_that_perfetto_and_chrome_open(report):
         assert event.get("dur", 0) >= 0
         assert (event["ph"] == "i") == (event.get("s") == "t")
     threads = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    # Else Perfetto calls an engine the main thread of its manager.
+    assert not {pid for pid, _ in threads} & {tid for _, tid in threads}
     assert set(threads.values()) == {"e-1", "e-2", HOSTILE}
     processes = [e["args"]["name"] for e in events if e["name"] == "process_name"]
     assert processes == ["run b", "run glm (head, pid 42)"]
@@ -375,6 +377,8 @@ def test_the_trace_is_in_the_format_that_perfetto_and_chrome_open(report):
     assert slices["e-1"] == [
         ("launching", 0, 4_000_000), ("unavailable", 4_000_000, 5_000_000), ("ready", 9_000_000, 11_000_000)
     ]  # fmt: skip
+    (launching, ready) = slices[HOSTILE]
+    assert ready[2] == 1, "the log ends as it becomes ready: a slice of no length is drawn below the one before it"
     for of in slices.values():  # those of a thread may not overlap but by nesting
         for (_, start, length), (_, following, _) in itertools.pairwise(of):
             assert start + length <= following

@@ -6,6 +6,7 @@ failed or were submitted again are instants. Times are microseconds since the fi
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -30,12 +31,14 @@ def render(runs: list[Run]) -> bytes:
 
 def _events(runs: list[Run], began_s: float) -> Iterator[dict[str, Any]]:
     managers = [(run, manager) for run in runs for manager in run.managers]
+    # No number is a manager's and an engine's: Perfetto takes a thread that has its process's for its main thread.
+    tids = itertools.count(len(managers) + 1)
     for pid, (run, manager) in enumerate(managers, 1):
         where = f"{manager.about.get('host', '?')}, pid {manager.about['pid']}" if "pid" in manager.about else ""
         yield _named("process_name", pid, 0, name=f"run {run.run or '?'}" + (f" ({where})" if where else ""))
         yield _named("process_sort_index", pid, 0, sort_index=pid)
         engines = sorted(manager.engines().items(), key=lambda one: natural(one[0]))
-        for tid, (name, lives) in enumerate(engines, 1):
+        for tid, (name, lives) in zip(tids, engines, strict=False):
             yield _named("thread_name", pid, tid, name=name)
             yield _named("thread_sort_index", pid, tid, sort_index=tid)
             for life in lives:
@@ -46,6 +49,8 @@ def _events(runs: list[Run], began_s: float) -> Iterator[dict[str, Any]]:
 def _life(life: Life, began_s: float) -> Iterator[dict[str, Any]]:
     for span in life.spans:
         start_us, end_us = _us(span.start_s, began_s), _us(span.end_s, began_s)
+        if span is life.spans[-1]:  # where the log ends with it, it has no length, and is drawn below the one before
+            end_us = max(end_us, start_us + 1)
         yield {
             "ph": "X", "cat": "state", "name": span.state, "ts": start_us, "dur": end_us - start_us,
             "cname": _COLOURS[span.state],
