@@ -70,10 +70,7 @@ def is_asyncio(handle: ActorHandle[Any]) -> bool:
 
 def is_coroutine_method(method: object) -> bool:
     """Whether Ray runs an actor that has this method on an event loop."""
-    if not inspect.isroutine(method):
-        return False
-    unwrapped = inspect.unwrap(method)
-    return inspect.iscoroutinefunction(unwrapped) or inspect.isasyncgenfunction(unwrapped)
+    return inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method)
 
 
 def is_monitored(handle: ActorHandle[Any]) -> bool:

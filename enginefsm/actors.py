@@ -28,7 +28,7 @@ def monitored(cls: C) -> C:
         raise TypeError(
             f"monitored() takes the class itself, before ray.remote: ray.remote(enginefsm.monitored(cls)), not {cls!r}"
         )
-    if CARRIER in vars(cls) or not any(is_coroutine_method(member) for _, member in inspect.getmembers(cls)):
+    if CARRIER in vars(cls) or not inspect.getmembers(cls, is_coroutine_method):
         return cls
     members = {
         CARRIER: _actorside.carry,
