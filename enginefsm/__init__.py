@@ -13,6 +13,7 @@ from typing import Any, overload
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
+from enginefsm.actors import monitored
 from enginefsm.calls import Call
 from enginefsm.engine import MonitoredEngine, Probe
 from enginefsm.errors import ActorRestartedError, LaunchDeadlineError, RetryExhaustedError
@@ -43,7 +44,9 @@ __all__ = [
     "classify",
     "configure",
     "default_monitor",
+    "gather",
     "get",
+    "monitored",
     "release",
     "serve_metrics",
 ]
@@ -114,6 +117,19 @@ def get(calls: Sequence[Call | ObjectRef[Any]], timeout: float | None = None) ->
 def get(calls: Call | ObjectRef[Any] | Sequence[Call | ObjectRef[Any]], timeout: float | None = None) -> Any:
     """Wait for calls, bearing with engines that are unavailable for a time; see `EngineMonitor.get`."""
     return default_monitor().get(calls, timeout)
+
+
+@overload
+async def gather(calls: Call | ObjectRef[Any], timeout: float | None = None) -> Any: ...
+
+
+@overload
+async def gather(calls: Sequence[Call | ObjectRef[Any]], timeout: float | None = None) -> list[Any]: ...
+
+
+async def gather(calls: Call | ObjectRef[Any] | Sequence[Call | ObjectRef[Any]], timeout: float | None = None) -> Any:
+    """Wait for calls on the running event loop, which goes on meanwhile; see `EngineMonitor.gather`."""
+    return await default_monitor().gather(calls, timeout)
 
 
 def serve_metrics(port: int, addr: str = "127.0.0.1") -> MetricsServer:

@@ -1,12 +1,14 @@
 """What runs inside the engine's actor: a call that runs once, however often it is submitted.
 
+`run_once` is for sync and threaded actors, `run_once_on_loop` for asyncio actors, which have `carry` as a method.
+
 These functions are shipped by value to actors whose environment has no enginefsm, so this file imports the standard
 library and nothing of enginefsm, and the book that it keeps in the actor's process is made of plain containers:
 another monitor may bring another release of this file.
 
 The book of an actor:
     actor      the actor instance; a process of Ray's holds one, a test's may hold several
-    run        `run_once`, as the first caller brought it
+    run        `run_once` or `run_once_on_loop`, as the first caller brought it
     changed    a condition around everything below
     callers    {caller: page}, where a caller is one monitor that adopted this actor, and a page is
         below      every call with a lower number is settled: its caller has the outcome and will not ask again
@@ -16,18 +18,23 @@ The book of an actor:
         calls      {number: entry} of those not below
         ended      the entries in the order in which they ended, for dropping the oldest
         held       how many of them hold an outcome
-An entry is [status, value, ended_at, attempt], the latter the newest attempt that asked for it.
+An entry is [status, value, ended_at, attempt, wakers, cancel]: `attempt` is the newest that asked for it, `wakers` are
+called when something has become of it, and `cancel` cancels the task in which it runs; both are for event loops.
 """
 
 from __future__ import annotations
 
+import asyncio
 import collections
+import contextlib
+import functools
+import inspect
 import pickle
 import sys
 import threading
 import time
-import traceback
 import types
+from collections.abc import Iterator
 from typing import Any
 
 Header = tuple[str, int, int, bool, tuple[int, tuple[int, ...]], str, tuple[str, ...]]
@@ -43,11 +50,12 @@ RESTARTED = "enginefsm: this actor was restarted, and the earlier process took t
 DROPPED = "enginefsm: the outcome of this call is no longer remembered"
 
 _RUNNING, _RETURNED, _RAISED, _SETTLED, _DROPPED = "running", "returned", "raised", "settled", "dropped"
-_STATUS, _VALUE, _ENDED_AT, _ATTEMPT = range(4)
+_STATUS, _VALUE, _ENDED_AT, _ATTEMPT, _WAKERS, _CANCEL = range(6)
+_SUSPENDS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ITERABLE_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
 def enter(code: bytes | None, header: Header, actor: Any, *values: Any) -> Any:
-    """Run `run_once`, of which `code` is a pickle.
+    """Run what `code` is a pickle of.
 
     It is unpickled once an actor, and no longer sent once the actor has answered its caller: a process that then
     does not have it is a new one.
@@ -61,6 +69,11 @@ def enter(code: bytes | None, header: Header, actor: Any, *values: Any) -> Any:
     return book["run"](book, header, *values)
 
 
+async def carry(actor: Any, carrier: Any, *values: Any) -> Any:
+    """The method by which an asyncio actor is called: a coroutine, which Ray awaits, as it would not await a value."""
+    return await carrier(actor, *values)
+
+
 def run_once(book: dict[str, Any], header: Header, *values: Any) -> Any:
     """Run a method of the book's actor under its call's number, or give the outcome that it had.
 
@@ -69,44 +82,106 @@ def run_once(book: dict[str, Any], header: Header, *values: Any) -> Any:
     running waits for it; only the newest attempt at a call waits, so that repeated attempts do not fill an actor's
     threads. What a superseded attempt returns reaches nobody.
     """
-    caller, number, attempt, answered, settled, method, keywords = header
     changed = book.setdefault("changed", threading.Condition())
     with changed:
-        page = _page(book.setdefault("callers", {}), caller, settled[0], came_before=answered or attempt > 0)
-        _settle(page, *settled)
-        changed.notify_all()  # whoever waits for a call that was given up may go
-        _drop_oldest(page)
-        entry = page["calls"].get(number)
-        runs_it = entry is None
-        if entry is None:
-            given_up = number in page["unseen"]
-            page["unseen"].discard(number)
-            if number < page["below"] and not given_up:
-                return None  # a late duplicate of a settled call
-            if attempt > 0 and page["late"]:
-                raise RuntimeError(RESTARTED)  # its first attempt may have begun in the earlier process
-            entry = [_SETTLED if given_up else _RUNNING, None, 0.0, attempt]
-            if number >= page["below"]:
-                page["calls"][number] = entry
-        else:
-            entry[_ATTEMPT] = max(attempt, entry[_ATTEMPT])
-            changed.notify_all()
-            while entry[_STATUS] == _RUNNING and entry[_ATTEMPT] == attempt:
-                changed.wait()
-            if entry[_ATTEMPT] != attempt:
-                return None
-        status, value = entry[_STATUS], entry[_VALUE]
-    if runs_it:
-        split = len(values) - len(keywords)
+        page, entry, runs_it = _admit(changed, book, header)
+        while not runs_it and _is_to_wait(entry, header):
+            changed.wait()
+        if not runs_it:
+            return _given(entry, header)
+    try:
+        run, args, kwargs = _bound(book, header, values)
+        value = run(*args, **kwargs)
+    except BaseException as error:
+        values = args = ()
+        kwargs = {}
+        _forget_locals(error)
+        _end(changed, page, entry, _RAISED, (error, error.__traceback__))
+        raise
+    _end(changed, page, entry, _RETURNED, value)
+    return value
+
+
+async def run_once_on_loop(book: dict[str, Any], header: Header, *values: Any) -> Any:
+    """`run_once` on an event loop: what can be awaited is, and a submission that waits keeps no thread.
+
+    An actor with concurrency groups has a loop, in a thread, for each. A method that is not a coroutine function runs
+    on the loop itself, as Ray would run it. Cancelling the newest submission cancels the method, in whichever
+    submission it runs.
+    """
+    changed = book.setdefault("changed", threading.Condition())
+    loop = asyncio.get_running_loop()
+    with changed:
+        page, entry, runs_it = _admit(changed, book, header)
+        if runs_it:
+            task = asyncio.current_task()
+            entry[_CANCEL] = None if task is None else functools.partial(loop.call_soon_threadsafe, task.cancel)
+    while not runs_it:
+        with changed:
+            if not _is_to_wait(entry, header):
+                return _given(entry, header)
+            woken = loop.create_future()
+            entry[_WAKERS].append(functools.partial(loop.call_soon_threadsafe, _wake, woken))
         try:
-            run = getattr(book["actor"], method)
-            value = run(*values[:split], **dict(zip(keywords, values[split:], strict=True)))
-        except BaseException as error:
-            _forget_locals(error)
-            _end(changed, page, entry, _RAISED, (error, error.__traceback__))
+            await woken
+        except asyncio.CancelledError:
+            with changed:
+                if _is_to_wait(entry, header) and entry[_CANCEL] is not None:
+                    entry[_CANCEL]()
             raise
-        _end(changed, page, entry, _RETURNED, value)
-        return value
+    frame = None
+    try:
+        run, args, kwargs = _bound(book, header, values)
+        value = run(*args, **kwargs)
+        if asyncio.iscoroutine(value):
+            frame = getattr(value, "cr_frame", None)
+            value = await value
+    except BaseException as error:
+        values = args = ()
+        kwargs = {}
+        _forget_locals(error, ended=frame)
+        _end(changed, page, entry, _RAISED, (error, error.__traceback__))
+        raise
+    _end(changed, page, entry, _RETURNED, value)
+    return value
+
+
+def _admit(changed: Any, book: dict[str, Any], header: Header) -> tuple[dict[str, Any], list[Any], bool]:
+    """Take a submission into the book: the page, the call's entry, and whether the method is to be run for it."""
+    caller, number, attempt, answered, settled, _, _ = header
+    page = _page(book.setdefault("callers", {}), caller, settled[0], came_before=answered or attempt > 0)
+    _settle(page, *settled)
+    changed.notify_all()  # whoever waits for a call that was given up may go
+    _drop_oldest(page)
+    entry = page["calls"].get(number)
+    if entry is not None:
+        if attempt > entry[_ATTEMPT]:
+            entry[_ATTEMPT] = attempt
+            _tell(entry)
+        return page, entry, False
+    given_up = number in page["unseen"]
+    page["unseen"].discard(number)
+    if number < page["below"] and not given_up:
+        return page, [_SETTLED, None, 0.0, attempt, [], None], False  # a late duplicate of a settled call
+    if attempt > 0 and page["late"]:
+        raise RuntimeError(RESTARTED)  # its first attempt may have begun in the earlier process
+    entry = [_SETTLED if given_up else _RUNNING, None, 0.0, attempt, [], None]
+    if number >= page["below"]:
+        page["calls"][number] = entry
+    return page, entry, True
+
+
+def _is_to_wait(entry: list[Any], header: Header) -> bool:
+    _, _, attempt, _, _, _, _ = header
+    return bool(entry[_STATUS] == _RUNNING and entry[_ATTEMPT] == attempt)
+
+
+def _given(entry: list[Any], header: Header) -> Any:
+    """The outcome that a call had, for its newest attempt."""
+    _, _, attempt, _, _, _, _ = header
+    status, value = entry[_STATUS], entry[_VALUE]
+    if entry[_ATTEMPT] != attempt:
+        return None
     if status == _RAISED:
         raised, trace = value
         raise raised.with_traceback(trace)  # which would grow with every time it is raised
@@ -115,17 +190,52 @@ def run_once(book: dict[str, Any], header: Header, *values: Any) -> Any:
     return value
 
 
-def _forget_locals(error: BaseException) -> None:
-    """A remembered exception must not keep alive what the method had in its variables, tensors included."""
+def _bound(book: dict[str, Any], header: Header, values: tuple[Any, ...]) -> tuple[Any, Any, dict[str, Any]]:
+    """The method of the call, its arguments, and those by keyword."""
+    *_, method, keywords = header
+    split = len(values) - len(keywords)
+    return getattr(book["actor"], method), values[:split], dict(zip(keywords, values[split:], strict=True))
+
+
+def _tell(entry: list[Any]) -> None:
+    """Wake the loops' tasks that wait for something to become of the entry."""
+    wakers, entry[_WAKERS] = entry[_WAKERS], []
+    for wake in wakers:
+        with contextlib.suppress(RuntimeError):  # that loop has been closed
+            wake()
+
+
+def _wake(woken: asyncio.Future[None]) -> None:
+    if not woken.done():
+        woken.set_result(None)
+
+
+def _forget_locals(error: BaseException, ended: types.FrameType | None = None) -> None:
+    """A remembered exception must not keep alive what the method had in its variables, tensors included.
+
+    The frames of coroutines and generators stay as they are, but for that of the method itself, which has `ended`: an
+    exception may have come by way of one that goes on (a background loop that passes it to a future, say), and to
+    clear that one's frame would end it.
+    """
     chain: dict[int, BaseException] = {}
     found: list[BaseException | None] = [error]
     while found:
         one = found.pop()
         if one is not None and id(one) not in chain:
             chain[id(one)] = one
-            traceback.clear_frames(one.__traceback__)
+            for frame in _frames(one):
+                if frame is ended or not frame.f_code.co_flags & _SUSPENDS:
+                    with contextlib.suppress(RuntimeError):  # it is running
+                        frame.clear()
             found += [one.__cause__, one.__context__]
             found += one.exceptions if isinstance(one, BaseExceptionGroup) else ()
+
+
+def _frames(error: BaseException) -> Iterator[types.FrameType]:
+    trace = error.__traceback__
+    while trace is not None:
+        yield trace.tb_frame
+        trace = trace.tb_next
 
 
 def _page(callers: dict[str, Any], caller: str, below: int, came_before: bool) -> dict[str, Any]:
@@ -185,12 +295,15 @@ def _release(page: dict[str, Any], entry: list[Any], status: str) -> None:
     if entry[_STATUS] in (_RETURNED, _RAISED):
         page["held"] -= 1
     entry[_STATUS], entry[_VALUE] = status, None
+    _tell(entry)
 
 
 def _end(changed: threading.Condition, page: dict[str, Any], entry: list[Any], status: str, value: Any) -> None:
     with changed:
+        entry[_CANCEL] = None
         if entry[_STATUS] == _RUNNING:  # else its caller gave it up meanwhile, and nobody will ask
             entry[_STATUS], entry[_VALUE], entry[_ENDED_AT] = status, value, time.monotonic()
             page["ended"].append(entry)
             page["held"] += 1
             changed.notify_all()
+            _tell(entry)

@@ -11,6 +11,9 @@ import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle, ActorMethod, _ActorClassMethodMetadata
 
+CARRIER = "__enginefsm_call__"
+"""The method of asyncio actors by which remembered calls travel."""
+
 
 def temp_dir() -> str:
     """The directory under which Ray keeps its sessions on this node, its own Prometheus targets among them."""
@@ -62,8 +65,17 @@ def concurrency_group(handle: ActorHandle[Any], method: str) -> str | None:
 
 def is_asyncio(handle: ActorHandle[Any]) -> bool:
     """Whether Ray runs the actor on an event loop: it does when any method is a coroutine function."""
-    unwrapped = [inspect.unwrap(method) for method in methods(handle).values()]
-    return any(inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method) for method in unwrapped)
+    return any(is_coroutine_method(method) for method in methods(handle).values())
+
+
+def is_coroutine_method(method: object) -> bool:
+    """Whether Ray runs an actor that has this method on an event loop."""
+    return inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method)
+
+
+def is_monitored(handle: ActorHandle[Any]) -> bool:
+    """Whether the actor is an asyncio actor that can be sent remembered calls."""
+    return CARRIER in methods(handle)
 
 
 def is_plain(method: ActorMethod, options: Mapping[str, Any]) -> bool:

@@ -1,15 +1,19 @@
-"""The wait behind `EngineMonitor.get`: every call to its end, each failure to its engine, the first one raised."""
+"""What follows from what Ray says of calls: each failure to its engine, each call to its end, the first failure raised.
+
+Nothing here waits. `blocking` and `looping` do, the one for `EngineMonitor.get`, the other for `EngineMonitor.gather`.
+"""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import ray
 from ray import ObjectRef
 from ray.exceptions import GetTimeoutError, RayError
 
+from enginefsm.arrivals import Raised
 from enginefsm.calls import Awaited, PlainRef, says_dropped, says_restarted
 from enginefsm.engine import MonitoredEngine
 from enginefsm.errors import ActorRestartedError, LaunchDeadlineError, RetryExhaustedError
@@ -18,17 +22,18 @@ from enginefsm.outcomes import Outcome, classify
 from enginefsm.policy import RetryPolicy
 from enginefsm.states import GIVEN_UP, EngineState, Reason
 
-GATHER_S = 2e-5  # a reference
-MOST_GATHER_S = 0.05
-LOOK_S = 1.0  # how long a wait goes on before it looks whether another thread has given an engine up
 
+class Wait:
+    """One `get` or `gather`. What must outlive it, and an interrupt or a timeout, is kept by the calls and engines.
 
-class Await:
-    """One `get`. All that must outlive it, an interrupt or a timeout included, is kept by the calls and engines."""
+    Args:
+        policy: The bounds.
+        fleet: Gives all engines, for the message of a launch deadline.
+        emit: Takes events.
+    """
 
     def __init__(
         self,
-        awaited: Iterable[Awaited],
         policy: RetryPolicy,
         fleet: Callable[[], Iterable[MonitoredEngine]],
         emit: Callable[[Event], None],
@@ -36,51 +41,48 @@ class Await:
         self._policy = policy
         self._fleet = fleet
         self._emit = emit
-        self._values: dict[Awaited, Any] = {}
-        self._open = dict.fromkeys(awaited)
-        self._engines = {one.engine for one in self._open}
-        self._watched: dict[ObjectRef[Any], list[Awaited]] = {}
+        self.expect: Callable[[Awaited], None] = lambda _: None
+        """Told of each whose newest reference is watched from now on."""
+        self.values: dict[Awaited, Any] = {}
+        """Of what has ended."""
+        self.open: dict[Awaited, None] = {}
+        """What has not."""
+        self.engines: set[MonitoredEngine] = set()
+        """Of all that is waited for."""
+        self.watched: dict[ObjectRef[Any], list[Awaited]] = {}
+        """The references that are out, and whose they are."""
         self._resting: list[Awaited] = []
-        self._busy = True  # whether the last look found something
-        for one in list(self._open):
-            one.take_up()
-            if isinstance(one, PlainRef) and one.recovered:
-                self._close(one, one.recovered[0])
-            else:
-                self._watch_or_rest(one)
 
-    def run(self, timeout_s: float | None, deliver: Callable[[], None]) -> dict[Awaited, Any]:
-        """Wait for all. Calls `deliver` whenever engines may have moved."""
-        try:
-            return self._run(timeout_s, deliver)
-        finally:
-            for one in self._open:
-                one.leave()
-
-    def _run(self, timeout_s: float | None, deliver: Callable[[], None]) -> dict[Awaited, Any]:
-        give_up_at = None if timeout_s is None else time.monotonic() + timeout_s
-        while self._open:
-            failure = self._given_up()
-            if failure is None:
-                self._resubmit_due()
-                failure = self._take_all(*self._ready(give_up_at)) or self._launch_deadline()
-            deliver()
-            if failure is None and self._open and give_up_at is not None and time.monotonic() >= give_up_at:
-                failure = self._timed_out(timeout_s)
-            if failure is not None:
-                try:
-                    raise failure
-                finally:
-                    failure = None  # else the exception, by its traceback, keeps all of this alive
-        return self._values
-
-    def _watch_or_rest(self, one: Awaited) -> None:
-        if one.resubmit_at is None:
-            self._watched.setdefault(one.ref, []).append(one)
+    def take_up(self, one: Awaited) -> None:
+        """Wait for `one`, too."""
+        if one in self.open or one in self.values:
+            return
+        self.open[one] = None
+        self.engines.add(one.engine)
+        one.take_up()
+        if isinstance(one, PlainRef) and one.recovered:
+            self._close(one, one.recovered[0])
         else:
-            self._resting.append(one)
+            self._watch_or_rest(one)
 
-    def _resubmit_due(self) -> None:
+    def leave(self) -> None:
+        """Nobody waits any more, whatever has not ended."""
+        for one in self.open:
+            one.leave()
+
+    def wake_at(self) -> float:
+        """When something is to be done though no reference is ready, on the monotonic clock; infinity for never."""
+        times = [one.resubmit_at or 0.0 for one in self._resting]  # None: another wait has submitted it
+        times += [deadline for deadline, _ in self._launch_deadlines()]
+        return min(times, default=math.inf)
+
+    def resubmission_due(self) -> bool:
+        """Whether `resubmit_due` has something to do: to submit again, or to watch what another wait has submitted."""
+        now = time.monotonic()
+        return any(one.resubmit_at is None or one.resubmit_at <= now for one in self._resting)
+
+    def resubmit_due(self) -> None:
+        """Submit again what has paused for long enough."""
         now = time.monotonic()
         resting, self._resting = self._resting, []
         for one in resting:
@@ -90,46 +92,26 @@ class Await:
                 raise _noted(one, error) from error.__cause__
             self._watch_or_rest(one)
 
-    def _ready(self, give_up_at: float | None) -> tuple[list[ObjectRef[Any]], list[Any]]:
-        """References that have an outcome, and their outcomes: a value, or an exception in a `_Raised`."""
-        wake_at = [one.resubmit_at for one in self._resting if one.resubmit_at is not None]
-        wake_at += [give_up_at] if give_up_at is not None else []
-        wake_at += [deadline for deadline, _ in self._launch_deadlines()]
-        pause_s = min(LOOK_S, max(0.0, min(wake_at) - time.monotonic())) if wake_at else LOOK_S
-        if not self._watched:
-            time.sleep(pause_s)
-            return [], []
-        refs = list(self._watched)
-        # A look at many references costs about a microsecond each. With many open, those that come in soon after one
-        # another are looked at together; a failure waits no longer than MOST_GATHER_S for that.
-        gather_s = min(len(refs) * GATHER_S, MOST_GATHER_S)
-        ready = ray.wait(refs, num_returns=len(refs), timeout=gather_s)[0] if self._busy else []
-        if not ready:
-            ready = ray.wait(refs, num_returns=1, timeout=pause_s)[0]
-        self._busy = bool(ready)
-        if not ready:
-            return [], []
-        try:
-            return ready, ray.get(ready)
-        except Exception:  # noqa: BLE001  one of them failed: which, is asked of each
-            return ready, [_outcome(ref) for ref in ready]
+    def take(self, ref: ObjectRef[Any], outcome: Any) -> Exception | None:
+        """Take in what came of a watched reference: a value, or a `Raised`. Gives what is to be raised, if anything."""
+        failures = [self._take(one, ref, outcome) for one in self.watched.pop(ref)]
+        return next((failure for failure in failures if failure is not None), None)
 
-    def _take_all(self, refs: list[ObjectRef[Any]], values: list[Any]) -> Exception | None:
-        """Take in the outcomes of references; gives what is to be raised, if anything."""
-        failures = [
-            failure
-            for ref, value in zip(refs, values, strict=True)
-            for one in self._watched.pop(ref)
-            if (failure := self._take(one, ref, value)) is not None
-        ]
-        return failures[0] if failures else None
+    def _watch_or_rest(self, one: Awaited) -> None:
+        if one.resubmit_at is not None:
+            self._resting.append(one)
+        elif one.ref in self.watched:
+            self.watched[one.ref].append(one)
+        else:
+            self.watched[one.ref] = [one]
+            self.expect(one)
 
     def _take(self, one: Awaited, ref: ObjectRef[Any], value: Any) -> Exception | None:
         with one.lock:
             if one.ref != ref or one.resubmit_at is not None:
                 self._watch_or_rest(one)  # another thread has dealt with this failure
                 return None
-            return self._failed(one, value.exception) if isinstance(value, _Raised) else self._answered(one, value)
+            return self._failed(one, value.exception) if isinstance(value, Raised) else self._answered(one, value)
 
     def _answered(self, one: Awaited, value: Any) -> Exception | None:
         if isinstance(one, PlainRef) and one.is_probe:
@@ -192,14 +174,14 @@ class Await:
         )  # fmt: skip
 
     def _close(self, one: Awaited, value: Any) -> None:
-        self._values[one] = value
-        del self._open[one]
+        self.values[one] = value
+        del self.open[one]
         one.settle(answered=True)
 
-    def _given_up(self) -> Exception | None:
+    def given_up(self) -> Exception | None:
         """The verdict on an engine that was given up, by whichever thread, while a call made before was still out."""
-        engines = {engine for engine in self._engines if engine.reason in GIVEN_UP}
-        for one in self._open if engines else ():
+        engines = {engine for engine in self.engines if engine.reason in GIVEN_UP}
+        for one in self.open if engines else ():
             if one.engine in engines and one.made_at <= one.engine.given_up_at():
                 text = f"engine {one.engine.name!r} was given up ({one.engine.reason}) while {one.method}() was out"
                 if one.engine.reason is Reason.LAUNCH_DEADLINE:
@@ -212,10 +194,16 @@ class Await:
         after_s = self._policy.launch_deadline_s
         if after_s is None:
             return []
-        engines = dict.fromkeys(one.engine for one in self._open if one.launches)
+        engines = dict.fromkeys(one.engine for one in self.open if one.launches)
         return [(engine.launched_at + after_s, engine) for engine in engines]
 
-    def _launch_deadline(self) -> Exception | None:
+    def is_late(self) -> bool:
+        """Whether a launch deadline has passed."""
+        now = time.monotonic()
+        return any(now >= deadline for deadline, _ in self._launch_deadlines())
+
+    def launch_deadline(self) -> Exception | None:
+        """The verdict on engines that are launched here and have not been by their deadline."""
         now = time.monotonic()
         late = [engine for deadline, engine in self._launch_deadlines() if now >= deadline]
         if not late:
@@ -229,9 +217,10 @@ class Await:
             f"These have not launched:\n{lines}"
         )
 
-    def _timed_out(self, timeout_s: float | None) -> GetTimeoutError:
-        waiting = "\n".join(f"  {one.method}() of {one.engine.describe()}" for one in self._open)
-        done, every = len(self._values), len(self._values) + len(self._open)
+    def timed_out(self, timeout_s: float) -> GetTimeoutError:
+        """What to raise when the caller's time is up."""
+        waiting = "\n".join(f"  {one.method}() of {one.engine.describe()}" for one in self.open)
+        done, every = len(self.values), len(self.values) + len(self.open)
         return GetTimeoutError(f"{done} of {every} calls ended within {timeout_s:g} s; still waiting for\n{waiting}")
 
 
@@ -239,20 +228,6 @@ _SEALED = (
     "A plain ObjectRef that failed so never recovers. Call the method through the engine that adopt() gave "
     "(it is then submitted again, and runs once), or give adopt() a probe for the launch."
 )
-
-
-class _Raised:
-    """An exception that a reference holds, told apart from a value that is an exception."""
-
-    def __init__(self, exception: Exception) -> None:
-        self.exception = exception
-
-
-def _outcome(ref: ObjectRef[Any]) -> Any:
-    try:
-        return ray.get(ref)
-    except Exception as exception:  # noqa: BLE001  whatever the reference holds is the outcome; classify() sorts it
-        return _Raised(exception)
 
 
 def _noted(one: Awaited, exception: Exception, advice: str = "") -> Exception:

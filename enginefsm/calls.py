@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Generator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import ray
@@ -23,6 +23,7 @@ from ray.actor import ActorHandle, ActorMethod
 from ray.exceptions import RayTaskError
 
 from enginefsm import _actorside, _ray_handles
+from enginefsm.arrivals import Arrival, Taker
 
 if TYPE_CHECKING:
     from enginefsm.engine import MonitoredEngine
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 # The engine's environment may have no enginefsm.
 cloudpickle.register_pickle_by_value(_actorside)
 _RUN_ONCE = cloudpickle.dumps(_actorside.run_once)
+_RUN_ONCE_ON_LOOP = cloudpickle.dumps(_actorside.run_once_on_loop)
 
 
 class _Enter:
@@ -145,8 +147,8 @@ class Awaited:
     """
 
     __slots__ = (
-        "_left_at", "attempt", "attempts_in_outage", "engine", "failing", "launches", "lock", "made_at", "method",
-        "outage", "ref", "reported", "resubmit_at", "submitted_at",
+        "_arrival", "_left_at", "attempt", "attempts_in_outage", "engine", "failing", "launches", "lock", "made_at",
+        "method", "outage", "ref", "reported", "resubmit_at", "submitted_at",
     )  # fmt: skip
 
     ref: ObjectRef[Any]
@@ -175,6 +177,7 @@ class Awaited:
         self.resubmit_at: float | None = None
         """When to submit again, on the monotonic clock; None while a submission is out."""
         self._left_at: float | None = None
+        self._arrival: Arrival | None = None
 
     @property
     def is_probe(self) -> bool:
@@ -191,6 +194,16 @@ class Awaited:
             left_at, self._left_at = self._left_at, None
             if left_at is not None and self.failing is not None:
                 self.failing.since += time.monotonic() - left_at
+
+    def tell(self, taker: Taker) -> None:
+        """Have `taker` told of the outcome of the newest submission."""
+        if self._arrival is None or self._arrival.ref != self.ref or not self._arrival.tell(taker):
+            self._arrival = Arrival(self.ref, taker)
+
+    def forget(self, taker: Taker) -> None:
+        """The taker waits no longer."""
+        if self._arrival is not None:
+            self._arrival.forget(taker)
 
     def resubmit(self, now: float) -> None:
         """Submit again, if that is due. Raises what Ray raises when it refuses to submit."""
@@ -211,7 +224,7 @@ class Awaited:
 
 
 class Call(Awaited):
-    """One call of a method of an engine: what `engine.method.remote(...)` gives. Hand it to `enginefsm.get`.
+    """One call of a method of an engine: what `engine.method.remote(...)` gives, for `enginefsm.get`, or to await.
 
     It runs at most once in the actor's life, however often it is submitted.
     """
@@ -241,8 +254,10 @@ class Call(Awaited):
         caller, settled = self.engine.ledger.header()
         answered = self.engine.ledger.answered
         header = (caller, self._number, self.attempt, answered, settled, self.method, arguments.keywords)
-        submit: Callable[..., Any] = self.engine.handle.__ray_call__.options(**self._options).remote
-        code = None if answered else _RUN_ONCE
+        on_loop, handle = self.engine.on_loop, self.engine.handle
+        method = getattr(handle, _ray_handles.CARRIER) if on_loop else handle.__ray_call__
+        submit: Callable[..., Any] = method.options(**self._options).remote
+        code = None if answered else _RUN_ONCE_ON_LOOP if on_loop else _RUN_ONCE
         # One argument, not three: Ray pickles each by itself.
         carrier = functools.partial(_ENTER, code, header)
         self.ref = submit(carrier, *arguments.values())
@@ -251,6 +266,11 @@ class Call(Awaited):
         # A call that nobody holds any more will not be submitted again.
         if hasattr(self, "_number"):
             self.engine.ledger.settle(self._number)
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        """Wait as `EngineMonitor.gather` does, and give the value; again, if awaited again."""
+        waiting: Coroutine[Any, Any, Any] = self.engine.owner.gather(self)
+        return waiting.__await__()
 
     def __repr__(self) -> str:
         return f"Call({self.engine.name!r}, {self.method!r}, attempt={self.attempt})"

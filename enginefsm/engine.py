@@ -55,10 +55,12 @@ class MonitoredEngine:
         "_outage",
         "_plain_refs",
         "_record",
+        "_wakers",
         "handle",
         "launch",
         "launch_called",
         "ledger",
+        "on_loop",
         "owner",
         "probe",
     )
@@ -70,7 +72,7 @@ class MonitoredEngine:
         launch: str,
         probe: Probe | None,
         on_step: Callable[[Transition], None],
-        owner: object = None,
+        owner: Any = None,
     ) -> None:
         self.owner = owner
         """The monitor that adopted it."""
@@ -80,9 +82,12 @@ class MonitoredEngine:
         """The name of the method that launches it."""
         self.probe = probe
         """What says whether it launched, where a plain reference to the launch failed."""
+        self.on_loop = _ray_handles.is_monitored(handle)
+        """Whether its actor is an asyncio actor."""
         self.ledger = Ledger()
         self.launch_called = False
         """Whether the launch method was called through this engine, and not on the plain handle."""
+        self._wakers: set[Callable[[], None]] = set()
         self._plain_refs: dict[str, PlainRef] = {}
         self._record = record
         self._lock = threading.Lock()
@@ -184,7 +189,19 @@ class MonitoredEngine:
     def step(self, reason: Reason) -> bool:
         """Move for `reason`, if there is such an edge from here; says whether it moved."""
         with self._lock:
-            return self._step(reason, time.monotonic())
+            moved = self._step(reason, time.monotonic())
+        if moved and reason in GIVEN_UP:
+            for wake in list(self._wakers):
+                wake()
+        return moved
+
+    def when_given_up(self, wake: Callable[[], None]) -> None:
+        """Have `wake` called when the monitor gives the engine up; it is to take no time, and not to raise."""
+        self._wakers.add(wake)
+
+    def forget_waker(self, wake: Callable[[], None]) -> None:
+        """Have `wake` not called any more."""
+        self._wakers.discard(wake)
 
     def given_up_at(self) -> float:
         """When the monitor gave it up, its bounds spent, on the monotonic clock; infinity if it did not."""

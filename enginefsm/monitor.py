@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import collections
+import functools
 import logging
 import threading
 import time
@@ -13,11 +15,14 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 
 from enginefsm import _ends, _ray_handles
-from enginefsm.awaiting import Await
+from enginefsm.awaiting import Wait
+from enginefsm.blocking import wait_blocking
 from enginefsm.calls import Awaited, Call
 from enginefsm.engine import MonitoredEngine, Probe
 from enginefsm.events import Event, Listener
 from enginefsm.export import FLUSH_S, Exporter, Exports, from_environment
+from enginefsm.lane import Lane
+from enginefsm.looping import pace, wait_on_loop
 from enginefsm.metrics import FleetMetrics, MetricsServer
 from enginefsm.policy import RetryPolicy
 from enginefsm.states import EngineRecord, EngineState, Reason, Transition
@@ -63,6 +68,9 @@ class EngineMonitor:
         self._is_delivering = False
         self._heard = 0  # how many listeners have heard the event that is being delivered
         self._delivered = threading.Condition()
+        # For event loops: what takes its time, what listeners do, and the wait for exporters, which keep nothing up.
+        self._doing, self._delivering, self._flushing = Lane("doing"), Lane("listeners"), Lane("flush")
+        self._deliver_patiently = functools.partial(self._deliver, FLUSH_S)
         self.metrics = FleetMetrics(run, self.engines)
         """What Prometheus is told."""
         self._listeners: list[Listener] = [_log, self.metrics, *listeners]
@@ -88,7 +96,7 @@ class EngineMonitor:
             labels: Shown wherever the engine is named. `model`, `worker_type` and `node` are labels of the metrics.
 
         Raises:
-            TypeError: `handle` is not the handle of a sync or threaded Python actor.
+            TypeError: `handle` is not the handle of a Python actor, or it is an asyncio actor's without `monitored`.
             ValueError: There is no such launch method or probe, the name is another living engine's, or the actor
                 is adopted under another name.
         """
@@ -116,7 +124,7 @@ class EngineMonitor:
                 self._engines.pop(namesake.actor_id, None)
             self._events.append(record.first_step())
         self.metrics.expect_calls(texts, launch)
-        self._deliver()
+        self._deliver_aside_on_loop()
         return engine
 
     def release(self, engine: MonitoredEngine) -> None:
@@ -130,7 +138,7 @@ class EngineMonitor:
                 del self._engines[engine.actor_id]
             if self._by_name.get(engine.name) is engine:
                 del self._by_name[engine.name]
-        self._deliver()
+        self._deliver_aside_on_loop()
 
     def engines(self) -> list[MonitoredEngine]:
         """The engines of this monitor, the dead included, but for those released or replaced."""
@@ -170,16 +178,42 @@ class EngineMonitor:
             TypeError, ValueError: Something in `calls` cannot be awaited here; nothing was.
         """
         several = isinstance(calls, Sequence)
-        given: list[Any] = list(calls) if isinstance(calls, Sequence) else [calls]
-        if timeout is not None and timeout < 0:
-            raise ValueError(f"timeout is a number of seconds, 0 or more, or None, not {timeout!r}")
-        awaited = [self._awaited(one) for one in given]
+        awaited = [self._awaited(one) for one in _given(calls, timeout)]
         try:
-            values = Await(awaited, self.policy, self.engines, self._events.append).run(timeout, self._deliver)
+            values = wait_blocking(self._wait(), awaited, timeout, self._deliver)
         except Exception:
             self._flush_terminal()
             raise
         self._deliver(patience_s=FLUSH_S)
+        results = [values[one] for one in awaited]
+        return results if several else results[0]
+
+    @overload
+    async def gather(self, calls: Call | ObjectRef[Any], timeout: float | None = None) -> Any: ...
+
+    @overload
+    async def gather(self, calls: Sequence[Call | ObjectRef[Any]], timeout: float | None = None) -> list[Any]: ...
+
+    async def gather(
+        self, calls: Call | ObjectRef[Any] | Sequence[Call | ObjectRef[Any]], timeout: float | None = None
+    ) -> Any:
+        """Wait for calls as `get` does, on the running event loop, which goes on meanwhile.
+
+        Takes, gives and raises what `get` does. Cancelling it leaves the calls as a timeout does: they may be awaited
+        again. Listeners are called on a thread of the monitor's.
+        """
+        several = isinstance(calls, Sequence)
+        turn, awaited = pace(), []
+        for one in _given(calls, timeout):
+            await turn()
+            awaited.append(self._awaited(one))
+        try:
+            values = await wait_on_loop(self._wait(), awaited, timeout, self._deliver_aside, self._doing)
+        except Exception:
+            await self._flushing.run(self._flush_terminal, FLUSH_S)
+            raise
+        if self._events:
+            await self._delivering.run(self._deliver_patiently, FLUSH_S)
         results = [values[one] for one in awaited]
         return results if several else results[0]
 
@@ -241,7 +275,7 @@ class EngineMonitor:
             raise TypeError(f"adopt() takes the handle that Engine.remote(...) gave, not {type(handle).__name__}")
         if _ray_handles.is_cross_language(handle):
             raise TypeError(f"{handle!r} is not a Python actor: no Python call can be sent to it")
-        if _ray_handles.is_asyncio(handle):
+        if _ray_handles.is_asyncio(handle) and not _ray_handles.is_monitored(handle):
             raise TypeError(
                 f"{handle!r} is an asyncio actor, on which a remembered call cannot run; "
                 f"create it from ray.remote(enginefsm.monitored(cls)) instead"
@@ -277,6 +311,21 @@ class EngineMonitor:
                 f"{one!r} is not of an engine that this monitor has adopted: adopt() its actor first, or use ray.get"
             )
         return engine.plain_ref(one)
+
+    def _wait(self) -> Wait:
+        return Wait(self.policy, self.engines, self._events.append)
+
+    def _deliver_aside(self) -> None:
+        """Have the events handed to the listeners by another thread than this one."""
+        if self._events:
+            self._delivering.ask(self._deliver_patiently)
+
+    def _deliver_aside_on_loop(self) -> None:
+        """Hand the events to the listeners; by another thread, if an event loop would stand still meanwhile."""
+        if asyncio._get_running_loop() is None:
+            self._deliver()
+        else:
+            self._deliver_aside()
 
     def _deliver(self, patience_s: float = 0.0) -> None:
         """Hand the events to the listeners; if another thread is at it, leave them to it, or wait for it so long."""
@@ -318,6 +367,12 @@ class EngineMonitor:
         except Exception:  # a listener is not ours, and must not end a bringup
             logger.exception("listener %r failed on an event of engine %s", listener, event.engine)
             self.metrics.listener_failed(listener)
+
+
+def _given(calls: Any, timeout: float | None) -> list[Any]:
+    if timeout is not None and timeout < 0:
+        raise ValueError(f"timeout is a number of seconds, 0 or more, or None, not {timeout!r}")
+    return list(calls) if isinstance(calls, Sequence) else [calls]
 
 
 def _log(event: Event) -> None:

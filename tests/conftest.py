@@ -60,13 +60,15 @@ class Fleet:
         self.monitor = enginefsm.EngineMonitor("test", policy, listeners=[self.listen])
         self.threads = ThreadPoolExecutor()
         self.launched = []
+        self.engine_class = Engine
 
     def listen(self, event):
         with self.came:
             self.events.append(event)
             self.came.notify_all()
 
-    def launch(self, cls=Engine, name=None, adopt=None, **options):
+    def launch(self, cls=None, name=None, adopt=None, **options):
+        cls = enginefsm.monitored(cls or self.engine_class)
         name = name or f"engine-{len(self.launched)}"
         directory = self.directory / f"{len(self.launched)}"
         directory.mkdir()

@@ -6,8 +6,10 @@ not.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -114,6 +116,84 @@ class Asyncio:
 
     async def init(self):
         return "launched"
+
+
+async def wait_on_loop_until(condition, timeout_s=60.0):
+    """`wait_until` for an event loop."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"it did not come true within {timeout_s} s"
+        await asyncio.sleep(0.01)
+
+
+class AsyncEngine(Engine):
+    """The same as an asyncio engine, to be `monitored`: its event loop goes on while `init` and others wait."""
+
+    async def init(self, error=None, value="launched"):
+        self.inits += 1
+        with (self.directory / "begun").open("a") as begun:
+            begun.write(f"{os.getpid()}\n")
+        await wait_on_loop_until((self.directory / "gate").exists)
+        (self.directory / "ended").touch()
+        if error is not None:
+            raise RuntimeError(error)
+        return value
+
+    async def hold(self):
+        (self.directory / "held").touch()
+        try:
+            await wait_on_loop_until((self.directory / "let_go").exists)
+        except asyncio.CancelledError:
+            (self.directory / "cancelled").touch()
+            raise
+
+    async def ask(self, peer):
+        return await peer.times_init_ran.remote()
+
+    async def count_to(self, n):
+        for number in range(n):
+            yield number
+
+    def thread(self):
+        """A sync method."""
+        return threading.current_thread().name
+
+    async def thread_of_a_coroutine(self):
+        return threading.current_thread().name
+
+    def reference(self, ref):
+        """A sync method that gives something which could be awaited."""
+        return ref[0]
+
+    async def fail_as_a_loop_that_goes_on(self):
+        """Raise what a background loop has passed on, which has the loop's frame in its traceback; see that it lives."""
+        passed, beats = asyncio.get_running_loop().create_future(), []
+
+        async def loop():
+            try:
+                raise ValueError("passed on")
+            except ValueError as error:
+                passed.set_exception(error)
+            while True:
+                await asyncio.sleep(0.01)
+                beats.append(1)
+                self.beats = len(beats)
+
+        self.loop = asyncio.get_running_loop().create_task(loop())
+        await passed
+
+    async def beats_on(self):
+        before = getattr(self, "beats", 0)
+        await asyncio.sleep(0.1)
+        return self.beats > before and not self.loop.done()
+
+
+class GroupedAsync(AsyncEngine):
+    """An asyncio engine with a concurrency group, which has a loop of its own."""
+
+    @ray.method(concurrency_group="health")
+    async def health(self):
+        return threading.current_thread().name
 
 
 class Doomed:

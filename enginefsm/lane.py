@@ -1,0 +1,81 @@
+"""A thread for what an event loop must not do itself, because it may take long."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+logger = logging.getLogger("enginefsm")
+
+LINGER_S = 5.0
+"""How long the thread waits for more to do before it ends."""
+
+
+class Lane:
+    """Runs what event loops ask for, one after another, on a daemon thread that comes and goes with the work.
+
+    What is asked for again before it has begun runs once for all who asked. The loop's own executor is not used: it
+    may be full of what others left in it, and Python waits for its threads when it ends.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._changed = threading.Condition()  # around the two below
+        self._asked: dict[Callable[[], Any], list[tuple[asyncio.AbstractEventLoop, asyncio.Future[Any]]]] = {}
+        self._is_running = False
+
+    def ask(self, act: Callable[[], Any]) -> None:
+        """Have `act` called; nobody waits for that."""
+        with self._changed:
+            self._put(act)
+
+    async def run(self, act: Callable[[], T], patience_s: float | None = None) -> T | None:
+        """What `act()` gives or raises; None when that takes longer than `patience_s`: it goes on all the same."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[T] = loop.create_future()
+        with self._changed:
+            self._put(act).append((loop, answer))
+        try:
+            await asyncio.wait([answer], timeout=patience_s)
+            return answer.result() if answer.done() else None
+        finally:
+            answer.cancel()
+
+    def _put(self, act: Callable[[], Any]) -> list[tuple[asyncio.AbstractEventLoop, asyncio.Future[Any]]]:
+        if not self._is_running:
+            threading.Thread(target=self._work, name=f"enginefsm-{self._name}", daemon=True).start()
+            self._is_running = True
+        self._changed.notify()
+        return self._asked.setdefault(act, [])
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                if not self._changed.wait_for(lambda: self._asked, LINGER_S):
+                    self._is_running = False
+                    return
+                act = next(iter(self._asked))
+                answers = self._asked.pop(act)
+            value, error = None, None
+            try:
+                value = act()
+            except Exception as exception:  # noqa: BLE001  it is for whoever asked
+                error = exception
+            if error is not None and not answers:
+                logger.error("%s failed", act, exc_info=error)
+            for loop in {loop for loop, _ in answers}:
+                mine = [answer for at, answer in answers if at is loop]
+                with contextlib.suppress(RuntimeError):  # the loop has been closed
+                    loop.call_soon_threadsafe(_give, mine, value, error)
+            del act, answers, value, error  # not to be kept alive by a thread that waits
+
+
+def _give(answers: list[asyncio.Future[Any]], value: Any, error: Exception | None) -> None:
+    for answer in answers:
+        if not answer.done():  # else nobody waits any more
+            answer.set_result(value) if error is None else answer.set_exception(error)
