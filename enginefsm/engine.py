@@ -15,6 +15,7 @@ from ray.actor import ActorHandle, ActorMethod
 
 from enginefsm import _ray_handles
 from enginefsm.calls import Awaited, EngineMethod, Ledger, PlainRef
+from enginefsm.incarnations import INCARNATIONS_KEPT, Incarnation, Lineage
 from enginefsm.outcomes import Outcome, reason_for
 from enginefsm.policy import HELD_S, Outage, RetryPolicy
 from enginefsm.states import GIVEN_UP, STATES, EngineRecord, EngineState, Reason, Transition
@@ -59,6 +60,7 @@ class MonitoredEngine:
         "launch",
         "launch_called",
         "ledger",
+        "lineage",
         "owner",
         "probe",
     )
@@ -71,6 +73,7 @@ class MonitoredEngine:
         probe: Probe | None,
         on_step: Callable[[Transition], None],
         owner: object = None,
+        lineage: Lineage = Lineage(),  # noqa: B008  immutable
     ) -> None:
         self.owner = owner
         """The monitor that adopted it."""
@@ -80,6 +83,8 @@ class MonitoredEngine:
         """The name of the method that launches it."""
         self.probe = probe
         """What says whether it launched, where a plain reference to the launch failed."""
+        self.lineage = lineage
+        """What became of those before it under its name."""
         self.ledger = Ledger()
         self.launch_called = False
         """Whether the launch method was called through this engine, and not on the plain handle."""
@@ -185,6 +190,16 @@ class MonitoredEngine:
         """Move for `reason`, if there is such an edge from here; says whether it moved."""
         with self._lock:
             return self._step(reason, time.monotonic())
+
+    def history(self) -> list[Incarnation]:
+        """What became of each incarnation of its name, oldest first, up to this one and with it."""
+        with self._lock:
+            return [*self.lineage.past, Incarnation.of(self._record, self.actor_id)][-INCARNATIONS_KEPT:]
+
+    def lineage_after(self) -> Lineage:
+        """What its successor is to have as `lineage`, now that it has died or was released."""
+        with self._lock:
+            return self.lineage.ended(self._record, self.actor_id)
 
     def given_up_at(self) -> float:
         """When the monitor gave it up, its bounds spent, on the monotonic clock; infinity if it did not."""

@@ -15,9 +15,10 @@ from enginefsm.states import EngineRecord, EngineState, Reason
 class StandIn:
     """What the metrics read of an engine."""
 
-    def __init__(self, name, labels, incarnation, launched_s_ago):
+    def __init__(self, name, labels, incarnation, launched_s_ago, out_s_ago):
+        out_since = None if out_s_ago is None else time.monotonic() - out_s_ago
         self.record = EngineRecord(
-            name, labels, incarnation, time.monotonic() - launched_s_ago, time.time() - launched_s_ago
+            name, labels, incarnation, time.monotonic() - launched_s_ago, time.time() - launched_s_ago, out_since
         )
         self.actor_id = f"{name}-{incarnation}"
 
@@ -38,9 +39,10 @@ class StandInFleet:
         self.engines = {}
         self.metrics = FleetMetrics(run, lambda: list(self.engines.values()))
 
-    def launch(self, name, *, s_ago=0.0, incarnation=1, model="tiny", worker_type="regular", **labels):
+    def launch(self, name, *, s_ago=0.0, incarnation=1, out_s_ago=None, model="tiny", worker_type="regular", **labels):
+        """An engine, to replace one that died `out_s_ago` if that is given."""
         labels = {"model": model, "worker_type": worker_type, **labels}
-        engine = StandIn(name, labels, incarnation, s_ago)
+        engine = StandIn(name, labels, incarnation, s_ago, out_s_ago)
         self.engines[name] = engine
         self.metrics(engine.record.first_step())
         self.metrics.expect_calls(labels, "init")

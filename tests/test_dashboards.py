@@ -82,12 +82,15 @@ def launch_with_faults(glm):
         glm.launch(f"e{number}", s_ago=200, node="n1" if number < 4 else "n2")
     for name in ("p0", "d0", "d1"):
         glm.launch(name, s_ago=200, worker_type={"p": "prefill", "d": "decode"}[name[0]], node="n3")
-    glm.launch("gone", s_ago=200, node="n3")
+    glm.launch("gone", s_ago=200, out_s_ago=260, node="n3")
     glm.metrics.expect_exporter("hub")
 
 
 def let_faults_happen(glm):
-    """Launches of 10, 10 and 50 s; an outage of 12 s in a launch of 100 s; every other way for an engine to end."""
+    """Launches of 10, 10 and 50 s; an outage of 12 s in a launch of 100 s; every other way for an engine to end.
+
+    One was ready 160 s after the death of the one before it.
+    """
     for name, took_s in (("e0", 10), ("e1", 10), ("e2", 50), ("gone", 100)):
         glm.step(name, Reason.INIT_SUCCEEDED, s_ago=200 - took_s)
         glm.answer(name, Outcome.SUCCEEDED)
@@ -195,6 +198,10 @@ BRINGUP = {
     ("Launch time so far", "A"): [({}, lambda s: 30 < s <= 60)],
     ("Launch time so far", "B"): [({}, lambda s: 60 < s <= 120)],
     ("Launch time so far", "C"): [({}, 120)],
+    ("Time to replace", "A"): launch_buckets(160),
+    ("Time to replace so far", "A"): [({}, lambda s: 120 < s <= 180)],
+    ("Time to replace so far", "B"): [({}, lambda s: 120 < s <= 180)],
+    ("Time to replace so far", "C"): [({}, 180)],
     ("Transitions", "A"): STEPS,
     ("Transitions so far", "A"): STEPS,
     ("Outages", "A"): outage_buckets(12, 120.1),
