@@ -23,7 +23,7 @@ from enginefsm.metrics import MetricsServer
 from enginefsm.monitor import EngineMonitor
 from enginefsm.outcomes import Outcome, classify
 from enginefsm.policy import RestartCap, RetryPolicy
-from enginefsm.states import EngineState, Reason, Transition
+from enginefsm.states import EngineState, LaunchStage, Reason, Transition
 
 __all__ = [
     "ActorRestartedError",
@@ -34,6 +34,7 @@ __all__ = [
     "Event",
     "Incarnation",
     "LaunchDeadlineError",
+    "LaunchStage",
     "Listener",
     "MonitoredEngine",
     "Outcome",

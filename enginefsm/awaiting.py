@@ -32,10 +32,12 @@ class Await:
         policy: RetryPolicy,
         fleet: Callable[[], Iterable[MonitoredEngine]],
         emit: Callable[[Event], None],
+        look: Callable[[], None],
     ) -> None:
         self._policy = policy
         self._fleet = fleet
         self._emit = emit
+        self._look = look  # at how far launches are, before it is told; within a short bound
         self._values: dict[Awaited, Any] = {}
         self._open = dict.fromkeys(awaited)
         self._engines = {one.engine for one in self._open}
@@ -220,6 +222,7 @@ class Await:
         late = [engine for deadline, engine in self._launch_deadlines() if now >= deadline]
         if not late:
             return None
+        self._look()
         for engine in late:
             engine.step(Reason.LAUNCH_DEADLINE)
         launching = [*late, *(engine for engine in self._fleet() if engine.is_launching)]
@@ -230,6 +233,8 @@ class Await:
         )
 
     def _timed_out(self, timeout_s: float | None) -> GetTimeoutError:
+        if any(one.engine.state is EngineState.LAUNCHING for one in self._open):
+            self._look()
         waiting = "\n".join(f"  {one.method}() of {one.engine.describe()}" for one in self._open)
         done, every = len(self._values), len(self._values) + len(self._open)
         return GetTimeoutError(f"{done} of {every} calls ended within {timeout_s:g} s; still waiting for\n{waiting}")

@@ -20,11 +20,14 @@ from enginefsm.errors import RestartCapError
 from enginefsm.events import Event, Listener
 from enginefsm.export import FLUSH_S, Exporter, Exports, from_environment
 from enginefsm.incarnations import Incarnation, Lineage
+from enginefsm.launching import LaunchStages
 from enginefsm.metrics import FleetMetrics, MetricsServer
 from enginefsm.policy import RestartCap, RetryPolicy
 from enginefsm.states import EngineRecord, EngineState, Reason, Transition
 
 logger = logging.getLogger("enginefsm")
+
+STAGE_S = 0.5  # how long an exception waits to be told how far launches are
 
 _RESERVED_LABELS = frozenset({"run", "engine", "state", "incarnation", "actor_id"})
 
@@ -70,6 +73,8 @@ class EngineMonitor:
         self._delivered = threading.Condition()
         self.metrics = FleetMetrics(run, self.engines)
         """What Prometheus is told."""
+        self.stages = LaunchStages(self.engines)
+        """How far Ray says that launches are, for those who tell of them."""
         self._listeners: list[Listener] = [_log, self.metrics, *listeners]
         for listener in self._listeners:
             self.metrics.expect_listener(listener)
@@ -207,7 +212,8 @@ class EngineMonitor:
             raise ValueError(f"timeout is a number of seconds, 0 or more, or None, not {timeout!r}")
         awaited = [self._awaited(one) for one in given]
         try:
-            values = Await(awaited, self.policy, self.engines, self._events.append).run(timeout, self._deliver)
+            wait = Await(awaited, self.policy, self.engines, self._events.append, lambda: self.stages.look(STAGE_S))
+            values = wait.run(timeout, self._deliver)
         except Exception:
             self._flush_terminal()
             raise

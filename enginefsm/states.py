@@ -48,6 +48,28 @@ class Reason(StrEnum):
     RELEASED = "released"
 
 
+class LaunchStage(StrEnum):
+    """How far an engine's actor is while the engine launches."""
+
+    WAITING_FOR_ARGUMENTS = "waiting for arguments"
+    """Those of its constructor are still being made."""
+    WAITING_FOR_RESOURCES = "waiting for resources"
+    """No node has what it asks for free yet, or its process is being started there."""
+    CONSTRUCTING = "constructing"
+    """Its constructor runs."""
+    CONSTRUCTED = "constructed"
+    """It is there; its launch method has not been called, as far as the monitor knows."""
+    INIT_RUNNING = "init running"
+    """It is there, and its launch method, whatever that is named, was called."""
+
+
+def why(reason: str, stage: str | None) -> str:
+    """Why an engine is where it is, for people: the reason, and how far its launch is if that is known."""
+    if stage is None:
+        return reason
+    return stage if reason == Reason.LAUNCHED else f"{reason}: {stage}"
+
+
 GIVEN_UP = (Reason.RETRY_EXHAUSTED, Reason.LAUNCH_DEADLINE)
 """The verdicts that are the monitor's own: bounds were spent."""
 
