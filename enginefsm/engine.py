@@ -15,7 +15,7 @@ from ray.actor import ActorHandle, ActorMethod
 
 from enginefsm import _ray_handles
 from enginefsm.calls import Awaited, EngineMethod, Ledger, PlainRef
-from enginefsm.incarnations import INCARNATIONS_KEPT, Incarnation, Lineage
+from enginefsm.incarnations import FIRST, INCARNATIONS_KEPT, Incarnation, Lineage
 from enginefsm.outcomes import Outcome, reason_for
 from enginefsm.policy import HELD_S, Outage, RetryPolicy
 from enginefsm.states import GIVEN_UP, STATES, EngineRecord, EngineState, LaunchStage, Reason, Transition, why
@@ -78,7 +78,7 @@ class MonitoredEngine:
         probe: Probe | None,
         on_step: Callable[[Transition], None],
         owner: object = None,
-        lineage: Lineage = Lineage(),  # noqa: B008  immutable
+        lineage: Lineage = FIRST,
     ) -> None:
         self.owner = owner
         """The monitor that adopted it."""

@@ -68,3 +68,7 @@ class Lineage(NamedTuple):
         if self.out_since is None or cap is None or cap.restarts == 0:
             return self
         return self._replace(restarted_at=(*self.restarted_at, now)[-cap.restarts :])
+
+
+FIRST = Lineage()
+"""What the first engine of a name has before it."""

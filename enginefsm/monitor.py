@@ -19,7 +19,7 @@ from enginefsm.engine import MonitoredEngine, Probe
 from enginefsm.errors import RestartCapError
 from enginefsm.events import Event, Listener
 from enginefsm.export import FLUSH_S, Exporter, Exports, from_environment
-from enginefsm.incarnations import Incarnation, Lineage
+from enginefsm.incarnations import FIRST, Incarnation, Lineage
 from enginefsm.launching import LaunchStages
 from enginefsm.metrics import FleetMetrics, MetricsServer
 from enginefsm.policy import RestartCap, RetryPolicy
@@ -257,7 +257,7 @@ class EngineMonitor:
     def _lineage(self, name: str) -> Lineage:
         """What the next incarnation of a name is to follow. To be called under the lock."""
         engine = self._by_name.get(name)
-        return self._released.get(name, Lineage()) if engine is None else engine.lineage_after()
+        return self._released.get(name, FIRST) if engine is None else engine.lineage_after()
 
     def _begin_exports(self) -> None:
         with self._lock:

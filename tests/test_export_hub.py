@@ -599,8 +599,8 @@ def test_the_hub_tells_of_earlier_incarnations(place, tmp_path):
     (past,) = engine["past"]
     dead_s = past.pop("dead_s")
     assert past == {
-        "incarnation": 1, "actor_id": first.actor_id, "reason": "actor_died", "launched_s": pytest.approx(dead_s, abs=60),
-        "ready_s": None,
+        "incarnation": 1, "actor_id": first.actor_id, "reason": "actor_died",
+        "launched_s": pytest.approx(dead_s, abs=60), "ready_s": None,
     }  # fmt: skip
     ray.kill(second.handle)
 
