@@ -331,6 +331,11 @@ def bringup() -> dashboard.Dashboard:
     launch = "enginefsm_launch_duration_seconds"
     built.with_panel(durations("Launch time", "How long engines took to launch, by when they became ready.", launch))
     built.with_panel(quantiles("Launch time so far", "Quantiles over all launches of the run so far.", launch))
+    replacement = "enginefsm_replacement_duration_seconds"
+    text = "From the death of an engine until an engine of its name was ready again, by when it was."
+    built.with_panel(durations("Time to replace", text, replacement))
+    text = "Quantiles over all dead engines of the run that have been replaced and were ready again."
+    built.with_panel(quantiles("Time to replace so far", text, replacement))
 
     built.with_row(dashboard.Row("What happened, and why"))
     step = q.during("enginefsm_transitions_total", "from_state, to_state, reason", STEP_LABELS)

@@ -16,14 +16,15 @@ from ray.actor import ActorHandle
 from enginefsm.actors import monitored
 from enginefsm.calls import Call
 from enginefsm.engine import MonitoredEngine, Probe
-from enginefsm.errors import ActorRestartedError, LaunchDeadlineError, RetryExhaustedError
+from enginefsm.errors import ActorRestartedError, LaunchDeadlineError, RestartCapError, RetryExhaustedError
 from enginefsm.events import CallOutcome, Event, Listener
 from enginefsm.export import Exporter
+from enginefsm.incarnations import Incarnation
 from enginefsm.metrics import MetricsServer
 from enginefsm.monitor import EngineMonitor
 from enginefsm.outcomes import Outcome, classify
-from enginefsm.policy import RetryPolicy
-from enginefsm.states import EngineState, Reason, Transition
+from enginefsm.policy import RestartCap, RetryPolicy
+from enginefsm.states import EngineState, LaunchStage, Reason, Transition
 
 __all__ = [
     "ActorRestartedError",
@@ -32,11 +33,15 @@ __all__ = [
     "EngineMonitor",
     "EngineState",
     "Event",
+    "Incarnation",
     "LaunchDeadlineError",
+    "LaunchStage",
     "Listener",
     "MonitoredEngine",
     "Outcome",
     "Reason",
+    "RestartCap",
+    "RestartCapError",
     "RetryExhaustedError",
     "RetryPolicy",
     "Transition",
@@ -61,6 +66,7 @@ def configure(
     policy: RetryPolicy | None = None,
     listeners: Sequence[Listener] = (),
     export: Iterable[Exporter] | None = None,
+    restart_cap: RestartCap | None = None,
 ) -> EngineMonitor:
     """Set up the process's monitor; without it there is one with the defaults. See `EngineMonitor` for the arguments.
 
@@ -76,7 +82,7 @@ def configure(
         if _monitor is not None:
             _monitor.close()
         export = None if export is None else list(export)
-        make = functools.partial(EngineMonitor, run, policy, listeners, export)
+        make = functools.partial(EngineMonitor, run, policy, listeners, export, restart_cap)
         _monitor, _make_monitor = make(), make
         return _monitor
 

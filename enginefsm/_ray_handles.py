@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle, ActorMethod, _ActorClassMethodMetadata
+from ray.core.generated.gcs_pb2 import ActorTableData  # type: ignore[attr-defined]  # made by protoc
+from ray.exceptions import RayError
 
 CARRIER = "__enginefsm_call__"
 """The method of asyncio actors by which remembered calls travel."""
@@ -29,6 +32,42 @@ def actor_instance() -> Any | None:
 def ended_jobs() -> dict[str, float]:
     """The jobs of the cluster whose drivers are gone, by id, with the time of that in seconds since the epoch."""
     return {job["JobID"]: job["EndTime"] / 1000 for job in ray._private.state.jobs() if job["IsDead"]}
+
+
+def creations(handles: Iterable[ActorHandle[Any]], timeout_s: float) -> dict[str, tuple[str, bool]] | None:
+    """How far the creation of actors is, as the GCS says: by actor id, in hex, its state and whether it has a worker.
+
+    Gives the actors of the same jobs that are not dead. None when the GCS has not answered within `timeout_s` seconds,
+    or Ray has no way to ask it. To be called on a thread without an event loop.
+    """
+    client = getattr(ray._private.worker.global_worker, "gcs_client", None)  # none before ray.init, and after shutdown
+    if client is None:
+        return None
+    jobs = {handle._ray_actor_id.job_id for handle in handles}
+    # By state, for the GCS keeps the dead as well, up to 100,000 of them. An actor that moves on meanwhile is found in
+    # the later state, or not at all.
+    wanted = [(job, state) for job in jobs for state in ("DEPENDENCIES_UNREADY", "PENDING_CREATION", "ALIVE")]
+
+    async def ask() -> list[Mapping[Any, ActorTableData]]:
+        # Of Ray's ways to the GCS this is the one that keeps a timeout: ray._private.state waits for ever.
+        answers = (
+            client.async_get_all_actor_info(job_id=job, actor_state_name=state, timeout=timeout_s)
+            for job, state in wanted
+        )
+        return list(await asyncio.gather(*answers))
+
+    loop = asyncio.new_event_loop()
+    try:
+        answers = loop.run_until_complete(ask())
+    except RayError:
+        return None
+    finally:
+        loop.close()
+    return {
+        actor.hex(): (ActorTableData.ActorState.Name(about.state), bool(about.pid))
+        for answer in answers
+        for actor, about in answer.items()
+    }
 
 
 def actor_id(handle: ActorHandle[Any]) -> str:

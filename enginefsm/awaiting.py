@@ -30,6 +30,7 @@ class Wait:
         policy: The bounds.
         fleet: Gives all engines, for the message of a launch deadline.
         emit: Takes events.
+        look: Looks how far launches are, before it is told; within a short bound.
     """
 
     def __init__(
@@ -37,10 +38,12 @@ class Wait:
         policy: RetryPolicy,
         fleet: Callable[[], Iterable[MonitoredEngine]],
         emit: Callable[[Event], None],
+        look: Callable[[], None],
     ) -> None:
         self._policy = policy
         self._fleet = fleet
         self._emit = emit
+        self._look = look
         self.expect: Callable[[Awaited], None] = lambda _: None
         """Told of each whose newest reference is watched from now on."""
         self.values: dict[Awaited, Any] = {}
@@ -208,6 +211,7 @@ class Wait:
         late = [engine for deadline, engine in self._launch_deadlines() if now >= deadline]
         if not late:
             return None
+        self._look()
         for engine in late:
             engine.step(Reason.LAUNCH_DEADLINE)
         launching = [*late, *(engine for engine in self._fleet() if engine.is_launching)]
@@ -219,6 +223,8 @@ class Wait:
 
     def timed_out(self, timeout_s: float) -> GetTimeoutError:
         """What to raise when the caller's time is up."""
+        if any(one.engine.state is EngineState.LAUNCHING for one in self.open):
+            self._look()
         waiting = "\n".join(f"  {one.method}() of {one.engine.describe()}" for one in self.open)
         done, every = len(self.values), len(self.values) + len(self.open)
         return GetTimeoutError(f"{done} of {every} calls ended within {timeout_s:g} s; still waiting for\n{waiting}")

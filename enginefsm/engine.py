@@ -15,9 +15,10 @@ from ray.actor import ActorHandle, ActorMethod
 
 from enginefsm import _ray_handles
 from enginefsm.calls import Awaited, EngineMethod, Ledger, PlainRef
+from enginefsm.incarnations import FIRST, INCARNATIONS_KEPT, Incarnation, Lineage
 from enginefsm.outcomes import Outcome, reason_for
 from enginefsm.policy import HELD_S, Outage, RetryPolicy
-from enginefsm.states import GIVEN_UP, STATES, EngineRecord, EngineState, Reason, Transition
+from enginefsm.states import GIVEN_UP, STATES, EngineRecord, EngineState, LaunchStage, Reason, Transition, why
 
 PLAIN_REFS_KEPT = 100  # an engine
 
@@ -40,6 +41,10 @@ class EngineSnapshot:
     spent_s: Mapping[EngineState, float]
     """Seconds spent in each state that it left, before `since_s`."""
     ever_ready: bool
+    stage: LaunchStage | None
+    """How far its launch is, or was when its deadline passed; None when that is not known."""
+    past: tuple[Incarnation, ...]
+    """What became of those before it under its name, oldest first."""
 
 
 class MonitoredEngine:
@@ -60,9 +65,11 @@ class MonitoredEngine:
         "launch",
         "launch_called",
         "ledger",
+        "lineage",
         "on_loop",
         "owner",
         "probe",
+        "stage",
     )
 
     def __init__(
@@ -73,6 +80,7 @@ class MonitoredEngine:
         probe: Probe | None,
         on_step: Callable[[Transition], None],
         owner: Any = None,
+        lineage: Lineage = FIRST,
     ) -> None:
         self.owner = owner
         """The monitor that adopted it."""
@@ -84,9 +92,14 @@ class MonitoredEngine:
         """What says whether it launched, where a plain reference to the launch failed."""
         self.on_loop = _ray_handles.is_monitored(handle)
         """Whether its actor is an asyncio actor."""
+        self.lineage = lineage
+        """What became of those before it under its name."""
         self.ledger = Ledger()
         self.launch_called = False
         """Whether the launch method was called through this engine, and not on the plain handle."""
+        self.stage: LaunchStage | None = None
+        """How far its launch was when Ray was last asked; None when that is not known, or it is not launching. What
+        the launch deadline ended, keeps it."""
         self._wakers: set[Callable[[], None]] = set()
         self._plain_refs: dict[str, PlainRef] = {}
         self._record = record
@@ -140,6 +153,12 @@ class MonitoredEngine:
         return not self._record.succeeded and self._record.state != EngineState.DEAD
 
     @property
+    def launch_is_out(self) -> bool:
+        """Whether its launch method was called, through this engine or by a plain reference that was awaited."""
+        with self._lock:
+            return self.launch_called or any(ref.launches for ref in self._plain_refs.values())
+
+    @property
     def actor_id(self) -> str:
         """Its actor's id, in hex."""
         return _ray_handles.actor_id(self.handle)
@@ -177,14 +196,16 @@ class MonitoredEngine:
             record = self._record
             return EngineSnapshot(
                 record.name, record.labels, record.incarnation, self.actor_id, EngineState(record.state),
-                record.reason, record.since_epoch_s, dict(record.spent), record.ever_ready,
+                record.reason, record.since_epoch_s, dict(record.spent), record.ever_ready, self.stage,
+                self.lineage.past,
             )  # fmt: skip
 
     def describe(self) -> str:
         """The engine in one line: name, labels, incarnation, and the time in each state."""
         labels = " ".join(f"{key}={value}" for key, value in self.labels.items() if value)
         times = ", ".join(f"{state} {seconds:.1f} s" for state, seconds in self.time_in_states().items())
-        return f"engine {self.name!r} ({labels}) incarnation {self.incarnation}: {self.state} ({self.reason}); {times}"
+        reason = why(self.reason, self.stage)
+        return f"engine {self.name!r} ({labels}) incarnation {self.incarnation}: {self.state} ({reason}); {times}"
 
     def step(self, reason: Reason) -> bool:
         """Move for `reason`, if there is such an edge from here; says whether it moved."""
@@ -202,6 +223,22 @@ class MonitoredEngine:
     def forget_waker(self, wake: Callable[[], None]) -> None:
         """Have `wake` not called any more."""
         self._wakers.discard(wake)
+
+    def history(self) -> list[Incarnation]:
+        """What became of each incarnation of its name, oldest first, up to this one and with it."""
+        with self._lock:
+            return [*self.lineage.past, Incarnation.of(self._record, self.actor_id)][-INCARNATIONS_KEPT:]
+
+    def lineage_after(self) -> Lineage:
+        """What its successor is to have as `lineage`, now that it has died or was released."""
+        with self._lock:
+            return self.lineage.ended(self._record, self.actor_id)
+
+    def reached(self, stage: LaunchStage | None) -> None:
+        """Take in how far its launch is, if it is launching still."""
+        with self._lock:
+            if self._record.state == EngineState.LAUNCHING:
+                self.stage = stage
 
     def given_up_at(self) -> float:
         """When the monitor gave it up, its bounds spent, on the monotonic clock; infinity if it did not."""
@@ -270,6 +307,8 @@ class MonitoredEngine:
         step = self._record.move(reason, now, time.time())
         if step is None:
             return False
+        if reason is not Reason.LAUNCH_DEADLINE:
+            self.stage = None
         # Queued here, under the lock, so that an engine's steps keep their order; delivered by whoever let go of it.
         self._on_step(step)
         return True

@@ -1,8 +1,14 @@
-"""What the library raises of its own. Each is also the Ray exception that callers already catch."""
+"""What the library raises of its own. What a wait raises is also the Ray exception that callers already catch."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
+
+from enginefsm.incarnations import Incarnation
+from enginefsm.policy import RestartCap
 
 
 class RetryExhaustedError(ActorUnavailableError):
@@ -31,3 +37,27 @@ class ActorRestartedError(ActorDiedError):
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.error_msg, self.actor_id), {"__notes__": getattr(self, "__notes__", [])}
+
+
+class RestartCapError(RuntimeError):
+    """An engine has been replaced as often as the monitor's `RestartCap` allows, and is not to be again."""
+
+    def __init__(self, engine: str, history: Sequence[Incarnation], cap: RestartCap, allowed_in_s: float) -> None:
+        self.engine = engine
+        """Its name."""
+        self.history = tuple(history)
+        """What became of its incarnations, oldest first."""
+        self.cap = cap
+        self.allowed_in_s = allowed_in_s
+        """Seconds until the cap allows one more restart; infinity for never."""
+        super().__init__(engine, history, cap, allowed_in_s)
+
+    def __str__(self) -> str:
+        ends = ", ".join(f"#{one.incarnation} {one.reason}" for one in self.history)
+        when = "" if math.isinf(self.allowed_in_s) else f"; one more is allowed in {self.allowed_in_s:.0f} s"
+        return (
+            f"engine {self.engine!r} was not adopted: restart_cap allows {self.cap.restarts} restarts within "
+            f"{self.cap.within_s:g} s{when}. Its incarnations ended by: {ends}. Find out why it does not stay up, and "
+            f"go on without it. The actor that was not adopted is yours to kill; ask may_restart({self.engine!r}) "
+            f"before you create one."
+        )

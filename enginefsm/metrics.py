@@ -94,12 +94,17 @@ class FleetMetrics(Collector):
         self._unavailable_duration = histogram(
             "unavailable_duration", "How long engines were unavailable.", GROUP, UNAVAILABLE_BUCKETS_S
         )
+        self._replacement_duration = histogram(
+            "replacement_duration", "From an engine's death until an engine of its name was ready again.",
+            GROUP, LAUNCH_BUCKETS_S,
+        )  # fmt: skip
         self._probe_duration = histogram(
             "probe_duration", "From a probe to its outcome.", (*GROUP, "result"), PROBE_BUCKETS_S
         )
         self._kept: tuple[Collector, ...] = (
             self._transitions, self._outcomes, self._reawaits, self._exhausted, self._export_errors,
-            self._events_dropped, self._launch_duration, self._unavailable_duration, self._probe_duration,
+            self._events_dropped, self._launch_duration, self._unavailable_duration,
+            self._replacement_duration, self._probe_duration,
         )  # fmt: skip
         self.registry.register(self)
 
@@ -121,6 +126,8 @@ class FleetMetrics(Collector):
         self._transitions.add(*group, step.from_state or "", step.to_state, step.reason)
         if step.first_ready:
             self._launch_duration.observe(step.age_s, *group)
+        if step.replaced_after_s is not None:
+            self._replacement_duration.observe(step.replaced_after_s, *group)
         if step.from_state is EngineState.UNAVAILABLE:
             self._unavailable_duration.observe(step.spent_s, *group)
         if step.reason in GIVEN_UP:
@@ -144,6 +151,7 @@ class FleetMetrics(Collector):
             self._exhausted.begin(*group, reason)
         self._launch_duration.begin(*group)
         self._unavailable_duration.begin(*group)
+        self._replacement_duration.begin(*group)
 
     def _begin_method_at_zero(self, group: tuple[str, str, str], method: str) -> None:
         if (*group, method) not in self._methods:

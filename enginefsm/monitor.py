@@ -19,15 +19,20 @@ from enginefsm.awaiting import Wait
 from enginefsm.blocking import wait_blocking
 from enginefsm.calls import Awaited, Call
 from enginefsm.engine import MonitoredEngine, Probe
+from enginefsm.errors import RestartCapError
 from enginefsm.events import Event, Listener
 from enginefsm.export import FLUSH_S, Exporter, Exports, from_environment
+from enginefsm.incarnations import FIRST, Incarnation, Lineage
+from enginefsm.launching import LaunchStages
 from enginefsm.lane import Lane
 from enginefsm.looping import pace, wait_on_loop
 from enginefsm.metrics import FleetMetrics, MetricsServer
-from enginefsm.policy import RetryPolicy
+from enginefsm.policy import RestartCap, RetryPolicy
 from enginefsm.states import EngineRecord, EngineState, Reason, Transition
 
 logger = logging.getLogger("enginefsm")
+
+STAGE_S = 0.5  # how long an exception waits to be told how far launches are
 
 _RESERVED_LABELS = frozenset({"run", "engine", "state", "incarnation", "actor_id"})
 
@@ -45,6 +50,7 @@ class EngineMonitor:
         listeners: Called with every event.
         export: The exporters (see `enginefsm.export`), which begin with the first engine; None for what the
             environment variable `ENGINEFSM_EXPORT` says, by default the hub.
+        restart_cap: How often an engine that died may be replaced; None for as often as you like.
 
     Raises ValueError when `ENGINEFSM_EXPORT` is asked, and cannot be understood.
     """
@@ -55,13 +61,15 @@ class EngineMonitor:
         policy: RetryPolicy | None = None,
         listeners: Iterable[Listener] = (),
         export: Iterable[Exporter] | None = (),
+        restart_cap: RestartCap | None = None,
     ) -> None:
         self.run = run
         """The name of the training run, on every metric."""
         self.policy = policy or RetryPolicy()
+        self.restart_cap = restart_cap
         self._engines: dict[str, MonitoredEngine] = {}  # by actor id
         self._by_name: dict[str, MonitoredEngine] = {}  # the newest incarnation
-        self._incarnations: collections.Counter[str] = collections.Counter()
+        self._released: dict[str, Lineage] = {}  # by name, where the newest incarnation was released
         self._lock = threading.Lock()  # around the three above
         self._events: collections.deque[Event] = collections.deque()
         self._deliverer: dict[str, int] = {}  # the thread that hands events to listeners, if one does
@@ -73,6 +81,8 @@ class EngineMonitor:
         self._deliver_patiently = functools.partial(self._deliver, FLUSH_S)
         self.metrics = FleetMetrics(run, self.engines)
         """What Prometheus is told."""
+        self.stages = LaunchStages(self.engines)
+        """How far Ray says that launches are, for those who tell of them."""
         self._listeners: list[Listener] = [_log, self.metrics, *listeners]
         for listener in self._listeners:
             self.metrics.expect_listener(listener)
@@ -99,6 +109,8 @@ class EngineMonitor:
             TypeError: `handle` is not the handle of a Python actor, or it is an asyncio actor's without `monitored`.
             ValueError: There is no such launch method or probe, the name is another living engine's, or the actor
                 is adopted under another name.
+            RestartCapError: The name has had as many restarts as `restart_cap` allows; nothing has changed. Ask
+                `may_restart` before you create the actor.
         """
         self._check(handle, name, launch, probe, labels)
         actor_id = _ray_handles.actor_id(handle)
@@ -115,11 +127,17 @@ class EngineMonitor:
                     f"there is a living engine {name!r} ({namesake.state}) with another actor: choose another name, "
                     f"or release() that engine if this one replaces it"
                 )
-            self._incarnations[name] += 1
+            lineage, now = self._lineage(name), time.monotonic()
+            if self.restart_cap is not None and lineage.out_since is not None:
+                wait_s = self.restart_cap.allows_in_s(lineage.restarted_at, now)
+                if wait_s > 0:
+                    raise RestartCapError(name, lineage.past, self.restart_cap, wait_s)
+            lineage = lineage.restarted(now, self.restart_cap)
             texts = {key: str(value) for key, value in labels.items()}
-            record = EngineRecord(name, texts, self._incarnations[name], time.monotonic(), time.time())
-            engine = MonitoredEngine(handle, record, launch, probe, self._events.append, owner=self)
+            record = EngineRecord(name, texts, lineage.next_incarnation, now, time.time(), lineage.out_since)
+            engine = MonitoredEngine(handle, record, launch, probe, self._events.append, self, lineage)
             self._engines[actor_id] = self._by_name[name] = engine
+            self._released.pop(name, None)
             if namesake is not None:
                 self._engines.pop(namesake.actor_id, None)
             self._events.append(record.first_step())
@@ -138,7 +156,26 @@ class EngineMonitor:
                 del self._engines[engine.actor_id]
             if self._by_name.get(engine.name) is engine:
                 del self._by_name[engine.name]
+                self._released[engine.name] = engine.lineage_after()
         self._deliver_aside_on_loop()
+
+    def may_restart(self, name: str) -> bool:
+        """Whether `restart_cap` allows the engine of that name, dead or about to be, one more restart now.
+
+        To be asked before anything is spent on a new actor. True where there is no cap, and of a name not known.
+        """
+        cap = self.restart_cap
+        with self._lock:
+            return cap is None or cap.allows_in_s(self._lineage(name).restarted_at, time.monotonic()) <= 0
+
+    def history(self, name: str) -> list[Incarnation]:
+        """What became of each incarnation of that name, oldest first, the present one last; empty for one not known.
+
+        The newest `INCARNATIONS_KEPT` (16) are kept.
+        """
+        with self._lock:
+            engine = self._by_name.get(name)
+            return list(self._lineage(name).past) if engine is None else engine.history()
 
     def engines(self) -> list[MonitoredEngine]:
         """The engines of this monitor, the dead included, but for those released or replaced."""
@@ -250,6 +287,11 @@ class EngineMonitor:
         """
         return self.metrics.serve(port, addr)
 
+    def _lineage(self, name: str) -> Lineage:
+        """What the next incarnation of a name is to follow. To be called under the lock."""
+        engine = self._by_name.get(name)
+        return self._released.get(name, FIRST) if engine is None else engine.lineage_after()
+
     def _begin_exports(self) -> None:
         with self._lock:
             if self._exports is not None or not self._exporters:
@@ -313,7 +355,7 @@ class EngineMonitor:
         return engine.plain_ref(one)
 
     def _wait(self) -> Wait:
-        return Wait(self.policy, self.engines, self._events.append)
+        return Wait(self.policy, self.engines, self._events.append, lambda: self.stages.look(STAGE_S))
 
     def _deliver_aside(self) -> None:
         """Have the events handed to the listeners by another thread than this one."""

@@ -1,4 +1,4 @@
-"""How long, and how often, an engine that cannot be reached is tried again.
+"""How long, and how often, an engine that cannot be reached is tried again, and one that died is replaced.
 
 Pure: whoever asks passes the monotonic time in.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+from collections.abc import Sequence
 from typing import Literal
 
 # The shortest pause before a resubmission. Full jitter alone may draw nothing, and hammer a node that is ill.
@@ -69,6 +70,32 @@ class RetryPolicy:
         grown = math.log(self.base_s) + (attempt - 1) * math.log(self.factor)
         longest = self.cap_s if grown >= math.log(self.cap_s) else min(self.cap_s, math.exp(grown))
         return longest if self.jitter == "none" else random.uniform(min(FLOOR_S, longest), longest)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RestartCap:
+    """How many restarts of one engine are allowed within any `within_s` seconds.
+
+    Raises ValueError for values that make no sense; the message names the field.
+    """
+
+    restarts: int = 3
+    within_s: float = 3600.0
+
+    def __post_init__(self) -> None:
+        if not (_is_whole(self.restarts) and self.restarts >= 0):
+            raise ValueError(f"RestartCap: restarts must be a whole number, 0 or more, not {self.restarts!r}")
+        if not (_is_finite(self.within_s) and self.within_s > 0):
+            raise ValueError(f"RestartCap: within_s must be a number of seconds above 0, not {self.within_s!r}")
+
+    def allows_in_s(self, restarted_at: Sequence[float], now: float) -> float:
+        """Seconds until one more restart is allowed: 0 when it is by now, infinity when none ever is.
+
+        `restarted_at` are the monotonic times of the restarts so far, oldest first; the newest `restarts` suffice.
+        """
+        if len(restarted_at) < self.restarts:
+            return 0.0
+        return math.inf if self.restarts == 0 else max(0.0, restarted_at[-self.restarts] + self.within_s - now)
 
 
 def _is_finite(value: object) -> bool:

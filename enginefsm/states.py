@@ -48,6 +48,28 @@ class Reason(StrEnum):
     RELEASED = "released"
 
 
+class LaunchStage(StrEnum):
+    """How far an engine's actor is while the engine launches."""
+
+    WAITING_FOR_ARGUMENTS = "waiting for arguments"
+    """Those of its constructor are still being made."""
+    WAITING_FOR_RESOURCES = "waiting for resources"
+    """No node has what it asks for free yet, or its process is being started there."""
+    CONSTRUCTING = "constructing"
+    """Its constructor runs."""
+    CONSTRUCTED = "constructed"
+    """It is there; its launch method has not been called, as far as the monitor knows."""
+    INIT_RUNNING = "init running"
+    """It is there, and its launch method, whatever that is named, was called."""
+
+
+def why(reason: str, stage: str | None) -> str:
+    """Why an engine is where it is, for people: the reason, and how far its launch is if that is known."""
+    if stage is None:
+        return reason
+    return stage if reason == Reason.LAUNCHED else f"{reason}: {stage}"
+
+
 GIVEN_UP = (Reason.RETRY_EXHAUSTED, Reason.LAUNCH_DEADLINE)
 """The verdicts that are the monitor's own: bounds were spent."""
 
@@ -116,6 +138,8 @@ class Transition(NamedTuple):
     """When: seconds since the epoch."""
     first_ready: bool
     """Whether this made the engine ready for the first time."""
+    replaced_after_s: float | None = None
+    """With `first_ready`, of an engine that replaces a dead one: how long ago that one died."""
 
 
 class EngineRecord:
@@ -126,7 +150,10 @@ class EngineRecord:
         "incarnation",
         "labels",
         "launched_at",
+        "launched_epoch_s",
         "name",
+        "out_since",
+        "ready_epoch_s",
         "reason",
         "since",
         "since_epoch_s",
@@ -135,7 +162,15 @@ class EngineRecord:
         "succeeded",
     )
 
-    def __init__(self, name: str, labels: Mapping[str, str], incarnation: int, now: float, epoch_s: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        labels: Mapping[str, str],
+        incarnation: int,
+        now: float,
+        epoch_s: float,
+        out_since: float | None = None,
+    ) -> None:
         self.name = name
         self.labels = labels
         self.incarnation = incarnation
@@ -144,6 +179,9 @@ class EngineRecord:
         self.succeeded = False  # whether the launch method has, seen ready or not
         self.ever_ready = False
         self.launched_at = now
+        self.launched_epoch_s = epoch_s
+        self.ready_epoch_s: float | None = None  # the first time
+        self.out_since = out_since  # when the engine died that this one replaces, if it does; monotonic
         self.since = now
         self.since_epoch_s = epoch_s
         self.spent: dict[EngineState, float] = {}
@@ -171,10 +209,13 @@ class EngineRecord:
         self.spent[left] = self.spent.get(left, 0.0) + spent_s
         self.reason, self.since, self.since_epoch_s = reason, now, epoch_s
         first_ready = reached is EngineState.READY and not self.ever_ready
-        self.ever_ready = self.ever_ready or first_ready
+        replaced_after_s = None
+        if first_ready:
+            self.ever_ready, self.ready_epoch_s = True, epoch_s
+            replaced_after_s = None if self.out_since is None else now - self.out_since
         return Transition(
             self.name, self.labels, self.incarnation, left, reached, reason, spent_s, now - self.launched_at, epoch_s,
-            first_ready,
+            first_ready, replaced_after_s,
         )  # fmt: skip
 
     def time_in_states(self, now: float) -> dict[EngineState, float]:

@@ -94,6 +94,14 @@ class Engine:
         return True
 
 
+class SlowToConstruct(Engine):
+    """An engine whose constructor waits at a gate."""
+
+    def __init__(self, directory):
+        super().__init__(directory)
+        wait_until((self.directory / "constructor_gate").exists, what="the gate of the constructor")
+
+
 class WithoutEnginefsm(Engine):
     """An engine whose interpreter cannot import enginefsm, and has not done so before."""
 

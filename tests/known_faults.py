@@ -15,14 +15,17 @@ def launch_with_faults(glm):
         glm.launch(f"e{number}", s_ago=200, node="n1" if number < 4 else "n2")
     for name in ("p0", "d0", "d1"):
         glm.launch(name, s_ago=200, worker_type={"p": "prefill", "d": "decode"}[name[0]], node="n3")
-    glm.launch("gone", s_ago=200, node="n3")
+    glm.launch("gone", s_ago=200, out_s_ago=260, node="n3")
     glm.step("e5", Reason.ACTOR_UNAVAILABLE, s_ago=150)
     glm.answer("e5", Outcome.ACTOR_UNAVAILABLE)
     glm.answer("e5", Outcome.ACTOR_UNAVAILABLE, attempt=1, probe=True, took_s=0.4)
 
 
 def let_faults_happen(glm):
-    """Launches of 10, 10 and 50 s; an outage of 12 s in a launch of 100 s; every other way for an engine to end."""
+    """Launches of 10, 10 and 50 s; an outage of 12 s in a launch of 100 s; every other way for an engine to end.
+
+    One was ready 160 s after the death of the one before it.
+    """
     for name, took_s in (("e0", 10), ("e1", 10), ("e2", 50)):
         glm.step(name, Reason.INIT_SUCCEEDED, s_ago=200 - took_s)
         glm.answer(name, Outcome.SUCCEEDED)

@@ -17,9 +17,10 @@ from enginefsm.states import EngineRecord, EngineState, Reason
 class StandIn:
     """What metrics and exporters ask of an engine."""
 
-    def __init__(self, name, labels, incarnation, launched_s_ago):
+    def __init__(self, name, labels, incarnation, launched_s_ago, out_s_ago):
+        out_since = None if out_s_ago is None else time.monotonic() - out_s_ago
         self.record = EngineRecord(
-            name, labels, incarnation, time.monotonic() - launched_s_ago, time.time() - launched_s_ago
+            name, labels, incarnation, time.monotonic() - launched_s_ago, time.time() - launched_s_ago, out_since
         )
 
     def snapshot(self):
@@ -52,9 +53,10 @@ class StandInFleet:
     def flush(self):
         assert self._exports.flush(60)
 
-    def launch(self, name, *, s_ago=0.0, incarnation=1, model="tiny", worker_type="regular", **labels):
+    def launch(self, name, *, s_ago=0.0, incarnation=1, out_s_ago=None, model="tiny", worker_type="regular", **labels):
+        """An engine, to replace one that died `out_s_ago` if that is given."""
         labels = {"model": model, "worker_type": worker_type, **labels}
-        engine = StandIn(name, labels, incarnation, s_ago)
+        engine = StandIn(name, labels, incarnation, s_ago, out_s_ago)
         self._engines[name] = engine
         self._tell(engine.record.first_step())
         self.metrics.expect_calls(labels, "init")

@@ -8,6 +8,7 @@ import gzip
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,7 +22,7 @@ from pathlib import Path
 import pytest
 import ray
 from bare_handles import bare_handle
-from engines import Engine, wait_until
+from engines import Engine, SlowToConstruct, wait_until
 from prometheus_client import generate_latest
 from ray.exceptions import ActorDiedError
 from test_export import adopt, errors_of, move, samples, value
@@ -30,6 +31,7 @@ from test_export_fleet import without_times
 import enginefsm
 from enginefsm import EngineMonitor, LaunchDeadlineError, Reason, RetryPolicy, export
 from enginefsm.export import Hub, HubSettings, PushGateway, hub, read_fleet
+from enginefsm.status.words import changes, lines
 
 HERE = Path(__file__).parent
 numbers = itertools.count()
@@ -398,7 +400,7 @@ def test_a_report_sent_again_changes_nothing(place):
     handle = hub.find(place.name)
     exports = export.Exports([], monitor)
     batch = export.Batch("glm", exports.manager, time.time(), 7, (), 0, False, 0.0)
-    report = hub._report(monitor, batch, "host", full=True)
+    report = hub._report(monitor, batch, "host", None)
     assert ray.get(handle.accept.remote(report))["known"]
     once = samples(place.get())
     assert once[_unavailable()] == 2 * before[_unavailable()], "another manager, with the same counts"
@@ -568,6 +570,55 @@ def test_after_ray_s_shutdown_the_process_s_monitor_begins_anew(clusters, tmp_pa
             assert enginefsm.default_monitor().closed
     finally:
         enginefsm.configure(export=())
+
+
+def test_the_hub_and_status_follow_a_launch_by_its_stages(place, tmp_path):
+    monitor = place.monitor("staged")
+    engines = [
+        monitor.adopt(
+            ray.remote(**{"num_cpus": 0, **options})(SlowToConstruct).remote(str(tmp_path)), name=f"e{number}"
+        )
+        for number, options in enumerate([{"resources": {"nowhere": 1}}, {}])
+    ]
+    calls = [engine.init.remote() for engine in engines]
+
+    def wait_for(*stages):
+        def told():
+            fleet = read_fleet(namespace=place.name)
+            return fleet and [one["stage"] for run in fleet["runs"] for one in run["engines"]] == [*stages] and fleet
+
+        return wait_until(told, what=str(stages))
+
+    before = wait_for("waiting for resources", "constructing")
+    assert any(re.match(r" +e0 +launching .* waiting for resources", line) for line in lines(before))
+    (tmp_path / "constructor_gate").touch()
+    after = wait_for("waiting for resources", "init running")
+    assert list(changes(before, after)) == ["staged  e1: launching (init running)"]
+    (tmp_path / "gate").touch()
+    monitor.get(calls[1])
+    wait_for("waiting for resources", None)
+    for engine in engines:
+        ray.kill(engine.handle)
+
+
+def test_the_hub_tells_of_earlier_incarnations(place, tmp_path):
+    monitor = place.monitor("replaced")
+    first, _ = launch(monitor, tmp_path, ready=False)
+    ray.kill(first.handle)
+    with pytest.raises(ActorDiedError):
+        monitor.get(first.init.remote())
+    (tmp_path / "again").mkdir()
+    second, _ = launch(monitor, tmp_path / "again", ready=False)
+    assert monitor.flush(30)
+    (engine,) = place.json()["runs"][0]["engines"]
+    assert engine["incarnation"] == 2
+    (past,) = engine["past"]
+    dead_s = past.pop("dead_s")
+    assert past == {
+        "incarnation": 1, "actor_id": first.actor_id, "reason": "actor_died",
+        "launched_s": pytest.approx(dead_s, abs=60), "ready_s": None,
+    }  # fmt: skip
+    ray.kill(second.handle)
 
 
 def test_scrapes_and_reports_do_not_wait_for_one_another(place):

@@ -38,6 +38,7 @@ EXPECTED = {
     "reawaits": ("counter", {*G, "method", "result"}),
     "launch_duration_seconds": ("histogram", {*G}),
     "unavailable_duration_seconds": ("histogram", {*G}),
+    "replacement_duration_seconds": ("histogram", {*G}),
     "probe_duration_seconds": ("histogram", {*G, "result"}),
     "retry_exhausted": ("counter", {*G, "reason"}),
     "retry_exhausted_timestamp_seconds": ("gauge", {*E, "reason"}),
@@ -180,6 +181,7 @@ def test_counters_stand_at_nought_before_anything_happens(fleet):
         assert fleet.value("reawaits_total", method="init", result=result) == 0
     assert fleet.value("launch_duration_seconds_count") == 0
     assert fleet.value("unavailable_duration_seconds_count") == 0
+    assert fleet.value("replacement_duration_seconds_count") == 0
 
 
 def test_a_step_is_counted_by_where_from_where_to_and_why(fleet):

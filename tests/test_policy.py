@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enginefsm import RetryPolicy
+from enginefsm import RestartCap, RetryPolicy
 from enginefsm.policy import FLOOR_S, Outage
 
 NAN, INFINITY = math.nan, math.inf
@@ -144,3 +144,39 @@ def test_each_resubmission_of_an_outage_waits_longer():
     times = [Outage(since=0.0).resubmit_at(policy, attempts, now=0.0) for attempts in range(4)]
 
     assert times == [pytest.approx(expected) for expected in (1, 2, 4, 5)]
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [("restarts", [-1, 1.0, "3", None, True]), ("within_s", [0, -1, NAN, INFINITY, "60", None, True])],
+)
+def test_a_cap_that_makes_no_sense_is_refused_by_the_name_of_its_field(field, values):
+    for value in values:
+        with pytest.raises(ValueError, match=rf"^RestartCap: {field} must be .+, not ") as refusal:
+            RestartCap(**{field: value})
+        assert str(refusal.value).endswith(repr(value))
+
+
+def test_a_cap_counts_the_restarts_of_the_window_that_ends_now():
+    cap = RestartCap(restarts=2, within_s=100)
+
+    assert cap.allows_in_s([], now=0) == 0
+    assert cap.allows_in_s([0], now=1) == 0
+    assert cap.allows_in_s([0, 60], now=61) == 39
+    assert cap.allows_in_s([0, 60], now=100) == 0
+    assert cap.allows_in_s([0, 60, 100], now=100) == 60
+
+
+def test_a_cap_of_none_never_allows_one():
+    assert RestartCap(restarts=0).allows_in_s([], now=0) == INFINITY
+
+
+@given(st.lists(st.floats(0, 1000), max_size=30), st.integers(1, 4), st.floats(1, 500))
+def test_no_window_has_more_restarts_than_the_cap_whenever_they_are_tried(tries, restarts, within_s):
+    cap = RestartCap(restarts=restarts, within_s=within_s)
+    taken = []
+    for now in sorted(tries):
+        if cap.allows_in_s(taken, now) <= 0:
+            taken.append(now)
+
+    assert all(later - earlier >= within_s - 1e-6 for earlier, later in zip(taken, taken[restarts:], strict=False))

@@ -35,7 +35,11 @@ since the epoch. Fields are added over time, and not taken away under the same `
            "labels": {...},             # all of those given to adopt()
            "state": "unavailable", "reason": "actor_unavailable", "since_s": ..., "in_state_s": 12.3,
            "spent_s": {"launching": 63.2, "ready": 511.0},                  # in states that it has left
-           "incarnation": 1, "actor_id": "...", "ever_ready": true, "manager": "9f0c..."}]}]}
+           "incarnation": 2, "actor_id": "...", "ever_ready": true, "manager": "9f0c...",
+           "stage": null or how far its launch is, "waiting for resources" say (see `LaunchStage`),
+           "past": [                    # its earlier incarnations, oldest first, the newest 16
+             {"incarnation": 1, "actor_id": "...", "reason": "actor_died", "launched_s": ..., "ready_s": null or ...,
+              "dead_s": ...}]}]}]}
 """
 
 from __future__ import annotations
@@ -45,7 +49,7 @@ import dataclasses
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Required, TypedDict
+from typing import Any, NotRequired, Required, TypedDict
 
 from prometheus_client import generate_latest
 from prometheus_client.core import Metric
@@ -79,6 +83,8 @@ class Row(TypedDict):
     incarnation: int
     actor_id: str
     ever_ready: bool
+    stage: NotRequired[str | None]
+    past: NotRequired[list[dict[str, Any]]]
 
 
 class Report(TypedDict, total=False):
@@ -126,6 +132,8 @@ def row(snapshot: EngineSnapshot) -> Row:
         "incarnation": snapshot.incarnation,
         "actor_id": snapshot.actor_id,
         "ever_ready": snapshot.ever_ready,
+        "stage": None if snapshot.stage is None else snapshot.stage.value,
+        "past": [one._asdict() | {"reason": None if one.reason is None else one.reason.value} for one in snapshot.past],
     }
 
 
@@ -482,4 +490,6 @@ def _engine_json(manager: _Manager, entry: _Entry, now_s: float) -> dict[str, An
         "actor_id": row["actor_id"],
         "ever_ready": row["ever_ready"],
         "manager": manager.id,
+        "stage": row.get("stage"),  # a manager of another version may not tell
+        "past": row.get("past", []),
     }

@@ -25,7 +25,7 @@ import socket
 import threading
 import time
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -41,7 +41,9 @@ from enginefsm import _ray_handles
 from enginefsm.export._files import write_atomically
 from enginefsm.export.fleet import PROTOCOL, Answer, FleetTable, Report, counts, row
 from enginefsm.export.outbox import Batch, Fleet, NotYetError
+from enginefsm.launching import EVERY_S
 from enginefsm.metrics import versions
+from enginefsm.states import LaunchStage
 
 logger = logging.getLogger("enginefsm.export")
 
@@ -49,6 +51,8 @@ NAME = "enginefsm-hub"
 NAMESPACE = "enginefsm"
 FILE_SD_NAME = "enginefsm_service_discovery.json"
 SEND_TIMEOUT_S = 1.0
+STAGES_S = 0.3
+"""How long a report waits to be told how far launches are."""
 START_TIMEOUT_S = 20.0
 """How long a hub may take to start before that counts as a failure."""
 BIND_AGAIN_S = 5.0
@@ -117,6 +121,7 @@ class Hub:
         self._starting_since: float | None = None
         self._problem: str | None = None  # of the hub, when it answered last
         self._host = socket.gethostname()
+        self._stages: _Stages = {}  # as the hub was told
 
     def send(self, fleet: Fleet, batch: Batch) -> None:
         """Report to the hub, and wait for its answer, a second at most; raises what kept the answer away."""
@@ -137,13 +142,20 @@ class Hub:
     def close(self) -> None:
         """Let go of the hub, which stays."""
         self._hub = self._unanswered = self._starting_since = self._problem = None
+        self._stages = {}
 
     def _report(self, fleet: Fleet, batch: Batch, *, full: bool) -> Answer:
         if self._hub is None:
             self._starting_since = time.monotonic()
             self._hub = start(self._settings, self._namespace)
-        report = _report(fleet, batch, self._host, full=full)
-        return self._answer(self._hub.accept.remote(report))
+        if not (batch.terminal or batch.stopped_s):  # those are in a hurry
+            fleet.stages.look(STAGES_S, fresh_s=EVERY_S)
+        stages = {e.name: (e.incarnation, e.stage) for e in fleet.engines() if e.stage is not None}
+        moved_on = (name for name, _ in stages.items() ^ self._stages.items())
+        report = _report(fleet, batch, self._host, None if full else moved_on)
+        answer = self._answer(self._hub.accept.remote(report))
+        self._stages = stages
+        return answer
 
     def _answer(self, ref: ObjectRef[Any]) -> Answer:
         self._unanswered = ref
@@ -164,11 +176,16 @@ class Hub:
         return answer
 
 
-def _report(fleet: Fleet, batch: Batch, host: str, *, full: bool) -> Report:
-    if full:
+_Stages = dict[str, tuple[int, LaunchStage]]
+"""How far launches are: by engine, with its incarnation."""
+
+
+def _report(fleet: Fleet, batch: Batch, host: str, moved_on: Iterable[str] | None) -> Report:
+    """Of the engines of the batch's events, and those that have `moved_on`; of all if that is None."""
+    if moved_on is None:
         engines, gone = fleet.engines(), []
     else:
-        names = dict.fromkeys(event.engine for _, event in batch.events)
+        names = dict.fromkeys([*(event.engine for _, event in batch.events), *moved_on])
         found = {name: fleet.engine(name) for name in names}
         engines = [engine for engine in found.values() if engine is not None]
         gone = [name for name, engine in found.items() if engine is None]
@@ -179,7 +196,7 @@ def _report(fleet: Fleet, batch: Batch, host: str, *, full: bool) -> Report:
         "run": batch.run,
         "manager": batch.manager,
         "seq": batch.seq,
-        "full": full,
+        "full": moved_on is None,
         "rows": [row(engine.snapshot()) for engine in engines],
         "gone": gone,
         "counts": counts(fleet.metrics.collect_counts()),

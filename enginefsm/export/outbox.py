@@ -18,6 +18,7 @@ from typing import Protocol
 
 from enginefsm.engine import MonitoredEngine
 from enginefsm.events import Event
+from enginefsm.launching import LaunchStages
 from enginefsm.metrics import FleetMetrics
 from enginefsm.states import EngineState, Reason, Transition
 
@@ -44,6 +45,8 @@ class Fleet(Protocol):
     def run(self) -> str: ...  # noqa: D102
     @property
     def metrics(self) -> FleetMetrics: ...  # noqa: D102
+    @property
+    def stages(self) -> LaunchStages: ...  # noqa: D102
     def engines(self) -> list[MonitoredEngine]: ...  # noqa: D102
     def engine(self, name: str) -> MonitoredEngine | None: ...  # noqa: D102
 

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from enginefsm.states import EngineState
 from enginefsm.status.finding import FleetJson
-from enginefsm.status.words import duration, printable, run_name, summary, title
+from enginefsm.status.words import duration, printable, reason, run_name, summary, title
 from enginefsm.tables import STYLES, Column, engine_table, what_fits
 
 _COLUMNS: tuple[Column, ...] = (
@@ -81,7 +81,7 @@ def _table(engines: list[Mapping[str, Any]], passed_s: float) -> Table:
             Text(title(engine)),
             Text(engine["state"], STYLES.get(engine["state"], "")),
             duration(engine["in_state_s"] + passed_s),
-            Text(printable(engine["reason"])),
+            Text(reason(engine)),
             Text(printable(engine["node"])),
         )
     return table

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from enginefsm.states import EngineState
+from enginefsm.states import EngineState, why
 from enginefsm.status.finding import FleetJson
 
 URGENCY = (EngineState.DEAD, EngineState.UNAVAILABLE, EngineState.LAUNCHING, EngineState.READY)
@@ -33,6 +33,11 @@ def title(engine: Mapping[str, Any]) -> str:
     """The engine's name, with its incarnation if that is not the first."""
     name = printable(engine["engine"])
     return name if engine["incarnation"] == 1 else f"{name} #{engine['incarnation']}"
+
+
+def reason(engine: Mapping[str, Any]) -> str:
+    """Why the engine is where it is: how far its launch is, while it launches."""
+    return printable(why(engine["reason"], engine.get("stage")))
 
 
 def run_name(run: Mapping[str, Any]) -> str:
@@ -77,7 +82,7 @@ def lines(fleet: FleetJson, *, most_ready: int | None = None) -> Iterator[str]:
         rows = [("engine", "state", "for", "reason", "node")] if engines else []
         rows += [
             (
-                title(engine), engine["state"], duration(engine["in_state_s"]), printable(engine["reason"]),
+                title(engine), engine["state"], duration(engine["in_state_s"]), reason(engine),
                 printable(engine["node"]) or "-",
             )
             for engine in engines
@@ -114,12 +119,12 @@ def changes(before: FleetJson | None, now: FleetJson) -> Iterator[str]:
             if was is None:
                 if before is None and engine["state"] == EngineState.READY:
                     continue
-                yield f"{name}  {title(engine)}: {engine['state']} ({printable(engine['reason'])}){_where(engine)}"
-            elif (was["state"], was["since_s"], was["incarnation"]) != (
-                engine["state"], engine["since_s"], engine["incarnation"]
+                yield f"{name}  {title(engine)}: {engine['state']} ({reason(engine)}){_where(engine)}"
+            elif (was["state"], was["since_s"], was["incarnation"], reason(was)) != (
+                engine["state"], engine["since_s"], engine["incarnation"], reason(engine)
             ):  # fmt: skip
                 step = f"{was['state']} -> {engine['state']}" if was["state"] != engine["state"] else engine["state"]
-                yield f"{name}  {title(engine)}: {step} ({printable(engine['reason'])}){_where(engine)}"
+                yield f"{name}  {title(engine)}: {step} ({reason(engine)}){_where(engine)}"
     for run_of, _, _, engine_name in old:
         yield f"{printable(run_of)}  {printable(engine_name)}: not there any more"
     for gone in old_runs:

@@ -136,7 +136,6 @@ def memory(handle):
         record = EngineRecord(f"engine-{number}", {"model": "m", "worker_type": "regular"}, 1, 0.0, 0.0)
         engine = MonitoredEngine(handle, record, "init", None, lambda step: None)
         monitor._engines[f"{number:032x}"] = monitor._by_name[record.name] = engine
-        monitor._incarnations[record.name] += 1
         engine.observe(Outcome.ACTOR_UNAVAILABLE, launches=True, submitted_at=0.0)
         engine.observe(Outcome.SUCCEEDED, launches=True, submitted_at=time.monotonic())
         kept.append(engine)

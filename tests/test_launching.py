@@ -1,0 +1,169 @@
+"""How far a launch is, and that nobody has to wait for a GCS that does not say. On a real Ray."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import psutil
+import pytest
+import ray
+from bare_handles import bare_handle
+from engines import Engine, SlowToConstruct, wait_until
+from ray.exceptions import ActorUnschedulableError, GetTimeoutError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from enginefsm import EngineMonitor, EngineState, LaunchDeadlineError, LaunchStage, Reason, RetryPolicy
+
+INFEASIBLE = {"resources": {"nowhere": 1}}
+
+
+def say_when_asked(monitor, calls, text):
+    """Wait until a `get` that times out says `text`; gives all that it says."""
+
+    def told():
+        with pytest.raises(GetTimeoutError) as raised:
+            monitor.get(calls, timeout=0.05)
+        return text in str(raised.value) and str(raised.value)
+
+    return wait_until(told, what=text)
+
+
+def test_an_engine_that_no_node_has_room_for_raises_nothing_and_is_told_to_wait_for_resources(fleet):
+    rig = fleet.launch(**INFEASIBLE)
+    call = rig.engine.init.remote()
+    said = say_when_asked(fleet.monitor, call, "waiting for resources")
+    assert "init() of engine 'engine-0'" in said
+    assert "launching (waiting for resources); launching" in said
+    assert rig.engine.state is EngineState.LAUNCHING
+
+
+def test_a_launch_is_told_by_its_stages(fleet):
+    rig = fleet.launch(SlowToConstruct)
+    call = rig.engine.init.remote()
+    say_when_asked(fleet.monitor, call, "launching (constructing)")
+    rig.open("constructor_gate")
+    rig.wait_for("begun")
+    say_when_asked(fleet.monitor, call, "launching (init running)")
+    rig.open()
+    assert fleet.monitor.get(call) == "launched"
+    assert rig.engine.stage is None
+
+
+def test_an_actor_whose_launch_was_not_called_is_told_to_be_constructed(fleet):
+    rig = fleet.launch()
+    say_when_asked(fleet.monitor, [fleet.launch(**INFEASIBLE).engine.init.remote()], "waiting for resources")
+    wait_until(lambda: fleet.monitor.stages.look(1) or rig.engine.stage is LaunchStage.CONSTRUCTED)
+    launch = fleet.in_background(rig.engine.handle.init.remote())
+    rig.wait_for("begun")
+    wait_until(lambda: fleet.monitor.stages.look(1) or rig.engine.stage is LaunchStage.INIT_RUNNING)
+    rig.open()
+    launch.result(60)
+
+
+def test_an_actor_whose_arguments_are_still_made_is_told_so(fleet, tmp_path):
+    @ray.remote(num_cpus=0)
+    def made(directory):
+        wait_until((directory / "made").exists)
+        return str(directory)
+
+    actor = ray.remote(num_cpus=0)(Engine).remote(made.remote(tmp_path))
+    engine = fleet.monitor.adopt(actor, name="late")
+    call = engine.init.remote()
+    say_when_asked(fleet.monitor, call, "waiting for arguments")
+    (tmp_path / "made").touch()
+    (tmp_path / "gate").touch()
+    assert fleet.monitor.get(call) == "launched"
+
+
+@pytest.mark.parametrize("policy", [RetryPolicy(launch_deadline_s=3)])
+def test_the_launch_deadline_tells_what_each_engine_still_waited_for(fleet, policy):
+    infeasible, constructing, running = fleet.launch(**INFEASIBLE), fleet.launch(SlowToConstruct), fleet.launch()
+    calls = [rig.engine.init.remote() for rig in (infeasible, constructing, running)]
+    running.wait_for("begun")
+    constructing.wait_for("pid")
+    with pytest.raises(LaunchDeadlineError) as raised:
+        fleet.monitor.get(calls)
+    told = [line.split("(")[-1].split(")")[0] for line in str(raised.value).splitlines()[1:]]
+    assert told[0] == "launch_deadline: waiting for resources"
+    # Their own deadlines, some milliseconds later, may have passed or not.
+    assert [stage.removeprefix("launch_deadline: ") for stage in told[1:]] == ["constructing", "init running"]
+    assert infeasible.engine.snapshot().stage is LaunchStage.WAITING_FOR_RESOURCES
+
+
+def test_an_actor_that_ray_cannot_schedule_is_named_as_such_at_its_first_call(cluster):
+    here = ray.get_runtime_context().get_node_id()
+    gone = NodeAffinitySchedulingStrategy(here[::-1], soft=False)
+    monitor = EngineMonitor()
+    engine = monitor.adopt(ray.remote(Engine).options(num_cpus=0, scheduling_strategy=gone).remote("/"), name="lost")
+    with pytest.raises(ActorUnschedulableError) as raised:
+        monitor.get(engine.init.remote(), timeout=60)
+    assert "engine 'lost'" in raised.value.__notes__[0]
+    assert (engine.state, engine.reason) == (EngineState.DEAD, Reason.UNSCHEDULABLE)
+
+
+def test_an_actor_whose_placement_group_is_removed_before_it_began_is_named_as_such(cluster, tmp_path):
+    group = placement_group([{"CPU": 1}])
+    ray.get(group.ready(), timeout=60)
+    there = ray.remote(Engine).options(num_cpus=1, scheduling_strategy=PlacementGroupSchedulingStrategy(group))
+    occupant = there.remote(str(tmp_path))
+    wait_until((tmp_path / "pid").exists)
+    monitor = EngineMonitor()
+    engine = monitor.adopt(there.remote(str(tmp_path)), name="lost")
+    call = engine.init.remote()
+    say_when_asked(monitor, call, "waiting for resources")
+    remove_placement_group(group)
+    with pytest.raises(ActorUnschedulableError, match="placement group was removed"):
+        monitor.get(call, timeout=60)
+    assert (engine.state, engine.reason) == (EngineState.DEAD, Reason.UNSCHEDULABLE)
+    del occupant
+
+
+def gcs_of_this_cluster():
+    (gcs,) = [one for one in psutil.Process().children(recursive=True) if one.name() == "gcs_server"]
+    return gcs.pid
+
+
+def test_a_gcs_that_does_not_answer_keeps_nobody_and_is_asked_again_when_it_does(clusters, make_fleet):
+    clusters.use(RAY_gcs_rpc_server_reconnect_timeout_s="60")  # a cluster of its own
+    fleet = make_fleet()
+    rig = fleet.launch(**INFEASIBLE)
+    call = rig.engine.init.remote()
+    say_when_asked(fleet.monitor, call, "waiting for resources")
+    gcs = gcs_of_this_cluster()
+    wait_until(lambda: time.monotonic() - fleet.monitor.stages._asked_at > 1)
+    os.kill(gcs, signal.SIGSTOP)
+    try:
+        took_s, said = [], []
+        until = time.monotonic() + 3
+        while time.monotonic() < until:
+            began = time.monotonic()
+            with pytest.raises(GetTimeoutError) as raised:
+                fleet.monitor.get(call, timeout=0)
+            took_s.append(time.monotonic() - began)
+            said.append(str(raised.value))
+    finally:
+        os.kill(gcs, signal.SIGCONT)
+    assert max(took_s) < 1
+    assert sum(took > 0.1 for took in took_s) <= 3, "it was asked too often while it did not answer"
+    assert "launching (launched); launching" in said[-1]
+    say_when_asked(fleet.monitor, call, "waiting for resources")
+
+
+def test_a_stage_is_of_a_launch_alone_and_stays_where_its_deadline_ended_it():
+    monitor = EngineMonitor()
+    engine = monitor.adopt(bare_handle(), name="e")
+    engine.reached(LaunchStage.CONSTRUCTING)
+    assert engine.snapshot().stage is LaunchStage.CONSTRUCTING
+    engine.step(Reason.ACTOR_UNAVAILABLE)
+    assert engine.snapshot().stage is None
+    engine.reached(LaunchStage.INIT_RUNNING)
+    assert engine.snapshot().stage is None, "it is not known while it cannot be reached"
+    engine.step(Reason.ACTOR_REACHABLE)
+    engine.reached(LaunchStage.INIT_RUNNING)
+    assert "launching (actor_reachable: init running)" in engine.describe()
+    engine.step(Reason.LAUNCH_DEADLINE)
+    engine.reached(None)
+    assert "dead (launch_deadline: init running)" in engine.describe()
