@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import json
 import time
-from typing import Any
 from urllib.parse import quote
 
 PAUSE_S = 0.1
@@ -26,22 +25,28 @@ def remove_worker(host: str, port: int, url: str, timeout_s: float) -> bool:
     """
     until = time.monotonic() + timeout_s
     asked: set[str] = set()
-    while True:
-        listed = [worker["id"] for worker in _ask(host, port, "GET", "/workers", until)["workers"] if worker["url"] == url]
-        if not listed:
-            return bool(asked)
-        for worker_id in listed:
-            if worker_id not in asked:
-                _ask(host, port, "DELETE", f"/workers/{quote(worker_id, safe='')}", until)
-                asked.add(worker_id)
+    while listed := _workers(host, port, url, until):
+        for worker_id in listed - asked:
+            _ask(host, port, "DELETE", f"/workers/{quote(worker_id, safe='')}", until)
+        asked |= listed
         time.sleep(PAUSE_S)
+    return bool(asked)
 
 
-def _ask(host: str, port: int, method: str, path: str, until: float) -> Any:
-    address = f"http://{host}:{port}{path}"
+def _workers(host: str, port: int, url: str, until: float) -> set[str]:
+    """The ids under which the router lists the server."""
+    body = _ask(host, port, "GET", "/workers", until)
+    try:
+        return {str(worker["id"]) for worker in json.loads(body)["workers"] if worker["url"] == url}
+    except (ValueError, LookupError, TypeError) as error:
+        raise RouterError(f"http://{host}:{port}/workers is no list of workers, but {body[:200]!r}") from error
+
+
+def _ask(host: str, port: int, method: str, path: str, until: float) -> bytes:
+    request = f"{method} http://{host}:{port}{path}"
     left_s = until - time.monotonic()
     if left_s <= 0:
-        raise RouterError(f"{method} {address}: the time is up")
+        raise RouterError(f"{request}: the time is up")
     connection = http.client.HTTPConnection(host.strip("[]"), port, timeout=left_s)
     try:
         with contextlib.closing(connection):
@@ -49,12 +54,8 @@ def _ask(host: str, port: int, method: str, path: str, until: float) -> Any:
             answer = connection.getresponse()
             body = answer.read()
     except (OSError, http.client.HTTPException) as error:
-        raise RouterError(f"{method} {address}: {error!r}") from error
-    if method == "DELETE" and answer.status == http.HTTPStatus.NOT_FOUND:
-        return None  # it is off the list already
-    if not 200 <= answer.status < 300:
-        raise RouterError(f"{method} {address} answered {answer.status}: {body[:200].decode(errors='replace')}")
-    try:
-        return json.loads(body)
-    except ValueError as error:
-        raise RouterError(f"{method} {address} answered what is not JSON: {body[:200]!r}") from error
+        raise RouterError(f"{request}: {error!r}") from error
+    # What is not found is off the list.
+    if not (200 <= answer.status < 300 or (method == "DELETE" and answer.status == http.HTTPStatus.NOT_FOUND)):
+        raise RouterError(f"{request} answered {answer.status}: {body[:200]!r}")
+    return body

@@ -7,22 +7,27 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, MutableSequence
+from collections.abc import Collection, Iterable, MutableSequence
 from pathlib import PurePosixPath
 from typing import Any
 
 import ray
+from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 import enginefsm
 from enginefsm.engine import MonitoredEngine
+from enginefsm.health import HealthMonitor, Verdict
 from enginefsm.monitor import EngineMonitor
+from enginefsm.router import RouterError, remove_worker
 from enginefsm.states import EngineState
 
 logger = logging.getLogger("enginefsm")
 
-NODES_TIMEOUT_S = 2.0
+NODES_TIMEOUT_S = 2.0  # for the control plane, to tell where a group's engines are
+# What the end of an engine may take: for its actors to say that they answer, for those to shut down, for the router.
+PING_TIMEOUT_S, SHUTDOWN_TIMEOUT_S, ROUTER_TIMEOUT_S = 5.0, 20.0, 5.0
 
 
 def adopt_group(
@@ -80,9 +85,155 @@ def adopt_engines(
     ]
 
 
-def _adopt(
-    held: Any, name: str, launch: str, labels: dict[str, str], monitor: EngineMonitor | None
-) -> MonitoredEngine:
+class RolloutHealthMonitor:
+    """What slime's class of that name is to a `RolloutManager`, and takes no transient for a death.
+
+    It probes the engines of a group with their own `health_generate` (see `EngineMonitor.watch`), and looks at
+    `/health` of their servers. An engine that is dead, or by its verdict gone, is ended and its places in
+    `all_engines` are freed for `recover`: whoever of its actors still answers is asked to shut down, within bounds, all
+    are killed, and the router is made to forget the server.
+
+    Args:
+        server_group: slime's `ServerGroup`, its engines adopted by `adopt_group`.
+        args: slime's arguments: `rollout_health_check_interval`, `_timeout` and `_first_wait`, in seconds.
+
+    Raises TypeError when `server_group` is not a group, and AttributeError when `args` lacks one of those.
+    """
+
+    def __init__(self, server_group: Any, args: Any) -> None:
+        _check_group(server_group, "RolloutHealthMonitor()")
+        self._group = server_group
+        self._interval_s = float(args.rollout_health_check_interval)
+        self._timeout_s = float(args.rollout_health_check_timeout)
+        self._first_wait_s = float(args.rollout_health_check_first_wait)
+        self._watch: HealthMonitor | None = None
+        self._urls: dict[str, tuple[MonitoredEngine, ObjectRef[Any]]] = {}  # by name: where it serves, as it says
+        self._ending = threading.Lock()  # while engines are being ended
+
+    def start(self) -> bool:
+        """Begin, paused: checks begin with `resume`. Says whether there is anything to check; again, it does nothing.
+
+        Raises TypeError when an engine of the group is not adopted.
+        """
+        if self._watch is not None:
+            return True
+        for index, held in enumerate(self._group.all_engines):
+            if held is not None and not isinstance(held, MonitoredEngine):
+                raise TypeError(
+                    f"all_engines[{index}] is not adopted: call enginefsm.slime.adopt_group(self) in "
+                    f"ServerGroup.start_engines, before ports are allocated"
+                )
+        servers = self._servers()
+        if not servers:
+            return False
+        self._watch = servers[0][0].owner.watch(
+            servers,
+            interval_s=self._interval_s,
+            timeout_s=self._timeout_s,
+            first_wait_s=self._first_wait_s,
+            on_dead=self._end_dead,
+            url="get_url",
+        )
+        self._watch.pause()
+        return True
+
+    def pause(self) -> None:
+        """Check no more until `resume`, as while engines are offloaded. Engines known to be dead are ended first."""
+        if self._watch is not None:
+            self._watch.pause()
+            self._end_dead()
+
+    def resume(self) -> None:
+        """Check from now on, after the first wait."""
+        if self._watch is not None:
+            self._ask_urls()
+            self._watch.resume()
+
+    def stop(self) -> None:
+        """Check no more. Stopping twice, or before a start, does nothing."""
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.stop()
+
+    def is_checking_enabled(self) -> bool:
+        """Whether it is started and not paused."""
+        return self._watch is not None and not self._watch.paused
+
+    def _servers(self) -> list[list[MonitoredEngine]]:
+        """The engines of the group, all nodes of one together, the first node first; those with a free place aside."""
+        slots, nodes = self._group.all_engines, getattr(self._group, "nodes_per_engine", 1)
+        servers = [list(slots[first : first + nodes]) for first in range(0, len(slots), nodes)]
+        return [server for server in servers if None not in server]
+
+    def _ask_urls(self) -> None:
+        """Ask engines where they serve, unless that is known. The answers are looked at when they are needed."""
+        for engine, *_ in self._servers():
+            known = self._urls.get(engine.name)
+            if known is None or known[0] is not engine or _failed(known[1]):
+                self._urls[engine.name] = engine, engine.handle.get_url.remote()
+
+    def _end_dead(self, _: Verdict | None = None) -> None:
+        """End what is left of the engines that are dead, and free their places."""
+        with self._ending:
+            for server in self._servers():
+                if any(one.state is EngineState.DEAD for one in server):
+                    self._end(server)
+
+    def _end(self, server: list[MonitoredEngine]) -> None:
+        logger.warning("engine %s is ended: %s", server[0].name, ", ".join(one.describe() for one in server))
+        _shut_down(server)
+        for engine in server:
+            ray.kill(engine.handle)
+        self._forget(server[0])
+        slots = self._group.all_engines
+        for engine in server:
+            if engine.state is not EngineState.DEAD:
+                engine.owner.release(engine)
+            slots[slots.index(engine)] = None
+
+    def _forget(self, engine: MonitoredEngine) -> None:
+        """Have the router forget an engine's server, if it lists it still."""
+        host, port = getattr(self._group, "router_ip", None), getattr(self._group, "router_port", None)
+        asked, ref = self._urls.pop(engine.name, (None, None))
+        if host is None or port is None or ref is None or asked is not engine:
+            return
+        found = _values([ref], 0)
+        if not found or found[ref] is None:
+            return
+        try:
+            remove_worker(host, port, found[ref], ROUTER_TIMEOUT_S)
+        except RouterError as error:
+            logger.warning("engine %s: the router may still list %s: %s", engine.name, found[ref], error)
+
+
+def _shut_down(engines: list[MonitoredEngine]) -> None:
+    """Have those engines shut down that can: an actor that is gone, frozen or busy gets no more calls."""
+    asked = {engine.handle.__ray_ready__.remote(): engine for engine in engines}
+    answering = [asked[ref] for ref in _values(asked, PING_TIMEOUT_S)]
+    leaving = {engine.handle.shutdown.remote(): engine for engine in answering}
+    left = [leaving[ref] for ref in _values(leaving, SHUTDOWN_TIMEOUT_S)]
+    for engine in answering:
+        if engine not in left:
+            logger.warning("engine %s did not shut down in good order", engine.name)
+
+
+def _values(refs: Collection[ObjectRef[Any]], timeout_s: float) -> dict[ObjectRef[Any], Any]:
+    """The values of those that have one within the time."""
+    found = {}
+    for ref in ray.wait(list(refs), num_returns=len(refs), timeout=timeout_s)[0] if refs else ():
+        try:
+            found[ref] = ray.get(ref)
+        except RayError as error:
+            logger.info("%s", error)
+    return found
+
+
+def _failed(ref: ObjectRef[Any]) -> bool:
+    """Whether the reference has come to its end without a value."""
+    return bool(ray.wait([ref], timeout=0)[0]) and not _values([ref], 0)
+
+
+def _adopt(held: Any, name: str, launch: str, labels: dict[str, str], monitor: EngineMonitor | None) -> MonitoredEngine:
     if isinstance(held, MonitoredEngine):
         return held
     namesake = (monitor or enginefsm.default_monitor()).engine(name)

@@ -180,7 +180,12 @@ def allocate_addr_and_ports(rollout_engines, port_cursors):
             return found
 
         host, _ = enginefsm.get(engine._get_current_node_ip_and_free_port.remote())
-        addr_and_ports[rank] = {"host": host, "port": port(), "nccl_port": port(), "dist_init_addr": f"{host}:{port(4)}"}
+        addr_and_ports[rank] = {
+            "host": host,
+            "port": port(),
+            "nccl_port": port(),
+            "dist_init_addr": f"{host}:{port(4)}",
+        }
     return addr_and_ports, {0: start_port}
 
 
@@ -210,12 +215,8 @@ def start_rollout_servers(args, pg):
             engine = enginefsm.adopt(engine, name=f"default/regular/{rank}", model="default", worker_type="regular")
             engines.append(engine)
             (port,) = slime_engines.free_ports(1)
-            handles.append(
-                engine.init.remote(
-                    dist_init_addr=f"127.0.0.1:{port}", port=port, nccl_port=None, host="127.0.0.1",
-                    router_ip=router_ip, router_port=router_port,
-                )  # fmt: skip
-            )
+            ports = {"host": "127.0.0.1", "port": port, "nccl_port": None, "dist_init_addr": f"127.0.0.1:{port}"}
+            handles.append(engine.init.remote(**ports, router_ip=router_ip, router_port=router_port))
         return process, {"default": ExternalRolloutServer(engines, router_ip, router_port)}, handles
 
     groups, pending, port_cursors, offset = [], [], {}, 0
@@ -247,6 +248,19 @@ def start_rollout_servers(args, pg):
     return process, {"default": RolloutServer(groups, router_ip, router_port)}, pending
 
 
+class Teller:
+    """Writes each transition to a file of the test's."""
+
+    def __init__(self, directory, name):
+        self.path = Path(directory) / name
+
+    def __call__(self, event):
+        if isinstance(event, enginefsm.Transition):
+            words = (event.engine, event.incarnation, event.from_state, event.to_state, event.reason)
+            with self.path.open("a") as steps:
+                steps.write(" ".join(str(word) for word in words) + "\n")
+
+
 class RolloutManager:
     """For `ray.remote`; the tests add methods that say what has become of it."""
 
@@ -255,7 +269,10 @@ class RolloutManager:
         self.router = None
         (Path(args.directory) / "manager.pid").write_text(str(os.getpid()))
         enginefsm.configure(
-            run="slime", policy=enginefsm.RetryPolicy(budget_s=args.budget_s, cap_s=2), listeners=[self._tell], export=[]
+            run="slime",
+            policy=enginefsm.RetryPolicy(budget_s=args.budget_s, cap_s=2),
+            listeners=[Teller(args.directory, "steps")],
+            export=[],
         )
         self.router, self.servers, rollout_init_handles = start_rollout_servers(args, pg)
         if rollout_init_handles:
@@ -267,12 +284,6 @@ class RolloutManager:
                     monitor = enginefsm.slime.RolloutHealthMonitor(group, args)
                     monitor.start()
                     self._health_monitors.append(monitor)
-
-    def _tell(self, event):
-        if isinstance(event, enginefsm.Transition):
-            words = (event.engine, event.incarnation, event.from_state, event.to_state, event.reason)
-            with open(Path(self.args.directory) / "steps", "a") as steps:
-                steps.write(" ".join(str(word) for word in words) + "\n")
 
     @property
     def server(self):
@@ -339,7 +350,9 @@ class RolloutManager:
             }
             for server in self.servers.values()
             for engine in (
-                [e for group in server.server_groups for e in group.all_engines] if server.server_groups else server.engines
+                [e for group in server.server_groups for e in group.all_engines]
+                if server.server_groups
+                else server.engines
             )
         ]
 
@@ -354,15 +367,17 @@ class Trainer:
 
     def __init__(self, directory):
         (Path(directory) / "trainer.pid").write_text(str(os.getpid()))
-        enginefsm.configure(run="slime", policy=enginefsm.RetryPolicy(budget_s=60, cap_s=2), export=[])
+        policy = enginefsm.RetryPolicy(budget_s=60, cap_s=2)
+        enginefsm.configure(run="slime", policy=policy, listeners=[Teller(directory, "trainer.steps")], export=[])
 
     def set_rollout_manager(self, rollout_manager):
-        self.rollout_manager = rollout_manager
+        self.rollout_manager = enginefsm.adopt(rollout_manager, name="rollout_manager", launch="__ray_ready__")
 
-    def update_weights(self):
-        manager = enginefsm.adopt(self.rollout_manager, name="rollout_manager", launch="__ray_ready__")
-        rollout_engines, _ = enginefsm.get(manager.get_updatable_engines_and_lock.remote())
-        rollout_engines = enginefsm.slime.adopt_engines(rollout_engines)
-        enginefsm.get([engine.pause_generation.remote() for engine in rollout_engines])
-        enginefsm.get([engine.continue_generation.remote() for engine in rollout_engines])
-        return len(rollout_engines)
+    def update_weights(self, model_path, weight_version):
+        rollout_engines, _ = enginefsm.get(self.rollout_manager.get_updatable_engines_and_lock.remote())
+        engines = enginefsm.slime.adopt_engines(rollout_engines)
+        enginefsm.get([engine.pause_generation.remote() for engine in engines])
+        enginefsm.get([engine.flush_cache.remote() for engine in engines])
+        enginefsm.get([engine.update_weights_from_disk.remote(model_path, weight_version) for engine in engines])
+        enginefsm.get([engine.continue_generation.remote() for engine in engines])
+        return len(engines)

@@ -25,7 +25,7 @@ class Rollout:
         self.args = Args(directory=str(directory), **args)
         self.threads = ThreadPoolExecutor()
         self.actors = self.args.nodes_per_engine * (self.args.rollout_num_engines + self.args.num_encoders)
-        self.pg = ray.util.placement_group([{"CPU": 0.01}] * self.actors)
+        self.pg = ray.util.placement_group([{"CPU": 0.01}] * self.actors) if self.actors else None
         self.monitor = enginefsm.EngineMonitor("slime", enginefsm.RetryPolicy(budget_s=60, cap_s=2))
         indices = list(range(self.actors))
         handle = ray.remote(RolloutManager).options(num_cpus=0.01).remote(self.args, (self.pg, indices, indices))
@@ -54,7 +54,7 @@ class Rollout:
 
     def pid(self, rank):
         """The newest actor of that rank."""
-        return wait_until(lambda: self.begun("constructor", rank), what=f"actor {rank}")[-1]
+        return self.wait_for(lambda: self.begun("constructor", rank), f"actor {rank}")[-1]
 
     def hold(self, step, ranks):
         """Engines of these ranks that begin `step` stay in it until they are let go."""
@@ -65,35 +65,49 @@ class Rollout:
         for rank in ranks:
             self.path(f"hold.{step}.{rank}").unlink()
 
+    def wait_for(self, condition, what):
+        """Wait for what goes on in the manager; its end, with an error, is raised instead."""
+
+        def holds():
+            if self.ready.done():
+                self.ready.result()
+            return condition()
+
+        return wait_until(holds, what=what)
+
     def cut(self, pid, peer=None):
         """Break the connection between an actor and the manager; there must be one."""
         wait_until(lambda: chaos.cut(pid, self.manager_pid if peer is None else peer), what="a connection to cut")
 
-    def steps(self):
-        """(engine, incarnation, from, to, reason) of each transition in the manager."""
-        path = self.path("steps")
+    def steps(self, of="steps"):
+        """(engine, incarnation, from, to, reason) of each transition in the manager, or elsewhere."""
+        path = self.path(of)
         return [tuple(line.split()) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def times(self, state, rank, reason=None):
+    def times(self, state, rank, of="steps"):
         """How often the engines of that rank came to a state."""
-        return sum(
-            name.endswith(f"/{rank}") and to == state and reason in (None, why) for name, _, _, to, why in self.steps()
-        )
+        return sum(name.endswith(f"/{rank}") and to == state for name, _, _, to, _ in self.steps(of))
 
-    def cut_during(self, step, ranks, start=None):
+    def cut_during(self, step, ranks, start=None, waiter="manager"):
         """Break each engine's connection while it is waited for in `step`, and see that noticed where it is waited for.
 
         `start` begins the wait, and gives a future of it; without it, the step was held before it could begin, and
         may have begun. Each engine's step begins once.
         """
-        before = {rank: (len(self.begun(step, rank)) if start else 0, self.times("unavailable", rank)) for rank in ranks}
+        told = {"manager": "steps", "trainer": "trainer.steps"}[waiter]
+        peer = int(self.path(f"{waiter}.pid").read_text()) if start else None
+        before = {
+            rank: (len(self.begun(step, rank)) if start else 0, self.times("unavailable", rank, told)) for rank in ranks
+        }
         self.hold(step, ranks)
         waiting = start() if start else None
         for rank, (begun, _) in before.items():
-            wait_until(lambda r=rank, n=begun: len(self.begun(step, r)) > n, what=f"{step} of {rank}")
-            self.cut(self.pid(rank))
+            self.wait_for(lambda r=rank, n=begun: len(self.begun(step, r)) > n, what=f"{step} of {rank}")
+            self.cut(self.pid(rank), peer)
         for rank, (_, lost) in before.items():
-            wait_until(lambda r=rank, n=lost: self.times("unavailable", r) > n, what=f"the loss of {rank} in {step}")
+            wait_until(
+                lambda r=rank, n=lost: self.times("unavailable", r, told) > n, what=f"the loss of {rank} in {step}"
+            )
         self.let_go(step, ranks)
         result = waiting.result(120) if waiting else None
         for rank, (begun, _) in before.items() if waiting else ():
@@ -117,5 +131,6 @@ class Rollout:
                 with contextlib.suppress(chaos.NotAnEngineError):
                     chaos.freeze(pid).thaw()
         ray.kill(self.manager.handle)  # its engines are its children: Ray ends them
-        ray.util.remove_placement_group(self.pg)
+        if self.pg is not None:
+            ray.util.remove_placement_group(self.pg)
         self.threads.shutdown(wait=True, cancel_futures=True)

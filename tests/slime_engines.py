@@ -78,25 +78,33 @@ class SlimeMethods:
         ask(f"{self.url()}/health_generate", timeout_s=timeout)
         return True
 
+    def flush_cache(self):
+        self._request("flush_cache")
+
     def release_memory_occupation(self):
         note("offload")
-        return self._release()
+        self.flush_cache()
+        return self._request("release_memory_occupation")
 
     def resume_memory_occupation(self, tags=None):
         note("onload")
-        return self._resume(tags)
+        return self._request("resume_memory_occupation", {"tags": tags})
 
     def check_weights(self, action):
         note("check_weights")
-        return self._check_weights(action)
+        return self._request("weights_checker", {"action": action})
 
     def pause_generation(self):
         note("pause_generation")
-        return self._pause()
+        return self._request("pause_generation")
+
+    def update_weights_from_disk(self, model_path, weight_version=None):
+        note("update_weights")
+        return self._request("update_weights_from_disk", {"model_path": model_path, "weight_version": weight_version})
 
     def continue_generation(self):
         note("continue_generation")
-        return self._continue()
+        return self._request("continue_generation")
 
     def shutdown(self):
         note("shutdown")
@@ -109,26 +117,21 @@ class SlimeMethods:
 
 
 class StandIn(SlimeMethods, StandInEngine):
-    """Without a model: what is asked of the server is told, and that is all."""
+    """Without a model: a request says what was asked, and that is all."""
 
-    def _release(self):
-        return "released"
-
-    def _resume(self, tags):
-        return tags
-
-    def _check_weights(self, action):
-        return action
-
-    def _pause(self):
-        return "paused"
-
-    def _continue(self):
-        return "continued"
+    def _request(self, endpoint, payload=None):
+        return [endpoint, payload]
 
 
 class Real(SlimeMethods, SGLangEngine):
-    """SGLang on a CPU."""
+    """SGLang on a CPU.
+
+    It takes the same requests as on a GPU, but for one: `weights_checker` compares on CUDA alone (it takes snapshots).
+    Without SGLang's memory saver, which needs CUDA, to release memory is to flush the cache and to say so.
+    """
+
+    def _request(self, endpoint, payload=None):
+        return ask(f"{self.url()}/{endpoint}", payload or {}, "POST")
 
 
 def free_ports(number):

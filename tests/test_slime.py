@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import time
 
 import pytest
 import ray
 from engines import wait_until
 from rollouts import Rollout
 
-import enginefsm
-import enginefsm.slime
 from enginefsm import EngineState
 
 QUICK = {"import_s": 0.0, "load_s": 0.0}
@@ -56,10 +53,8 @@ def test_a_manager_cut_off_at_each_wait_of_its_life_goes_on(start):
     assert rollout.ready.result(60)
     for step, method in (("offload", "offload"), ("onload", "onload"), ("get_url", "get_urls")):
         rollout.cut_during(step, [0, 1], lambda method=method: rollout.call(method))
-    assert rollout.cut_during("check_weights", [0, 1], lambda: rollout.call("check_weights", "compare")) == [
-        "compare",
-        "compare",
-    ]
+    checked = rollout.cut_during("check_weights", [0, 1], lambda: rollout.call("check_weights", "snapshot"))
+    assert checked == [["weights_checker", {"action": "snapshot"}]] * 2
     for rank in range(2):
         assert rollout.times("unavailable", rank) == 4
         assert rollout.times("dead", rank) == 0
@@ -85,17 +80,12 @@ def test_a_trainer_cut_off_from_an_engine_while_it_updates_weights_goes_on(start
     rollout = start()
     assert rollout.ready.result(60)
     trainer = rollout.trainer()
-    rollout.hold("pause_generation", [0, 1])
-    update = trainer.update_weights.remote()
-    wait_until(lambda: rollout.begun("pause_generation", 0) and rollout.begun("pause_generation", 1))
-    for rank in range(2):
-        rollout.cut(rollout.pid(rank), rollout.trainer_pid)
-    time.sleep(3)
-    rollout.let_go("pause_generation", [0, 1])
-    assert ray.get(update, timeout=60) == 2
-    for rank in range(2):
-        assert len(rollout.begun("pause_generation", rank)) == 1
-        assert len(rollout.begun("continue_generation", rank)) == 1
+
+    def update_weights():
+        return rollout.threads.submit(ray.get, trainer.update_weights.remote("/models/tiny", "1"))
+
+    for step in ("pause_generation", "update_weights", "continue_generation"):
+        assert rollout.cut_during(step, [0, 1], update_weights, "trainer") == 2
 
 
 def test_external_engines_cut_off_while_they_are_initialised_come_up(start):
