@@ -163,7 +163,8 @@ def make_engine(args, rank, worker_type, pg=None, bundle=-1):
         options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
             placement_group=pg, placement_group_capture_child_tasks=True, placement_group_bundle_index=bundle
         )
-    return cls.options(**options).remote(args.directory, rank=rank, worker_type=worker_type, **args.server)
+    node_rank = rank % args.nodes_per_engine
+    return cls.options(**options).remote(args.directory, rank, worker_type, node_rank, **args.server)
 
 
 def allocate_addr_and_ports(rollout_engines, port_cursors):
@@ -325,7 +326,7 @@ class RolloutManager:
         return enginefsm.get([engine.check_weights.remote(action=action) for engine in self.rollout_engines])
 
     def get_urls(self):
-        return enginefsm.get([engine.get_url.remote() for engine in self.rollout_engines])
+        return enginefsm.get([engine.get_url.remote() for engine in self.rollout_engines if engine is not None])
 
     def get_updatable_engines_and_lock(self):
         return self.rollout_engines, None

@@ -114,6 +114,21 @@ class Rollout:
             assert len(self.begun(step, rank)) == begun + 1, f"{step} of {rank} ran more than once"
         return result
 
+    def server_pid(self, rank):
+        """The server below an engine's actor."""
+        keeper, *_ = psutil.Process(self.pid(rank)).children()
+        server, *_ = keeper.children()
+        return server.pid
+
+    def places(self):
+        """What the manager has at each place: an engine's name, incarnation and state, or None."""
+        return [one and (one["name"], one["incarnation"], one["state"]) for one in self.ask("told")]
+
+    def wait_for_free(self, *ranks):
+        """Until the places of these ranks are free, and no other; the router then lists none of their servers."""
+        wanted = [rank in ranks for rank in range(self.actors)]
+        self.wait_for(lambda: [place is None for place in self.places()] == wanted, f"the end of engines {ranks}")
+
     def trainer(self):
         trainer = ray.remote(Trainer).options(num_cpus=0.01).remote(str(self.directory))
         ray.get(trainer.set_rollout_manager.remote(self.manager))

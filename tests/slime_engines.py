@@ -45,11 +45,11 @@ def note(step):
 class SlimeMethods:
     """The methods of slime's engine class."""
 
-    def __init__(self, directory, rank, worker_type, **server):
+    def __init__(self, directory, rank, worker_type, node_rank=0, **server):
         super().__init__(**server)
         os.environ["ENGINE_DIRECTORY"], os.environ["ENGINE_RANK"] = str(directory), str(rank)
-        self.rank = rank
         self.worker_type = worker_type
+        self.node_rank = node_rank
         self.router = None
         note("constructor")
 
@@ -63,11 +63,13 @@ class SlimeMethods:
 
     def init(self, dist_init_addr, port, nccl_port, host=None, router_ip=None, router_port=None):
         note("init")
+        if self.node_rank != 0:
+            return
         super().init(port, host)
         if self.worker_type != "encoder":
             self.router = f"http://{router_ip}:{router_port}/workers"
             ask(self.router, {"url": self.url(), "worker_type": self.worker_type})
-        note("registered")
+            wait_until(lambda: self.url() in [worker["url"] for worker in ask(self.router)["workers"]])
 
     def get_url(self):
         note("get_url")
@@ -75,7 +77,8 @@ class SlimeMethods:
 
     def health_generate(self, timeout=5.0):
         note("health_generate")
-        ask(f"{self.url()}/health_generate", timeout_s=timeout)
+        if self.node_rank == 0:
+            ask(f"{self.url()}/health_generate", timeout_s=timeout)
         return True
 
     def flush_cache(self):
