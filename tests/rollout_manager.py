@@ -45,7 +45,7 @@ class Args:
     num_gpus_per_node: int = 1
     use_fault_tolerance: bool = False
     rollout_health_check_interval: float = 0.5
-    rollout_health_check_timeout: float = 5.0
+    rollout_health_check_timeout: float = 2.0
     rollout_health_check_first_wait: float = 0.0
     budget_s: float = 60.0
 
