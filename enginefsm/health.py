@@ -124,7 +124,7 @@ class HealthMonitor:
         if on_dead is not None:
             fleet.metrics.expect_listener(on_dead)
         for one in self._watched:
-            fleet.court.enter(one, one.group)
+            fleet.court.enter(one, one.group, self)
             fleet.metrics.expect_checks(one.engine.labels)
         _ends.tell_before(self.stop)
         for thread in self._threads:
@@ -206,6 +206,7 @@ class HealthMonitor:
                 next_at = await (self._check(one, opening) if one.opening == opening else self._begin(one, opening))
             except Exception:  # of this library: all others, and this one later, are checked all the same
                 logger.exception("the check of engine %s failed", one.name)
+                self._court.see(one, living=False)
                 next_at = time.monotonic() + self._settings.interval_s
             self._announce()
             while time.monotonic() < next_at and self._goes_on(opening):
@@ -366,7 +367,8 @@ class HealthMonitor:
     def _recovered(self, one: _Watched, engine: MonitoredEngine, probe: _Asked) -> None:
         one.course, one.attempts = Course(), 0
         engine.observe(Outcome.SUCCEEDED, launches=False, submitted_at=probe.sent_at, probed=True)
-        self._court.drop(one.group)
+        if all(member.course.since is None for member in one.group.members):
+            self._court.drop(one.group)
         self._see(one, engine, heard_at=time.monotonic())
 
     def _judge(self, one: _Watched, engine: MonitoredEngine, opening: _Opening) -> None:
@@ -403,7 +405,7 @@ class HealthMonitor:
         self._court.drop(one.group)
         engines = tuple(member.told for member in one.group.members if member.told is not None)
         by_monitor = engine.reason in GIVEN_UP
-        self._verdicts.put(Verdict(engine, engines, engine.reason, by_monitor, one.course.cause, one.group.said))
+        self._verdicts.put(Verdict(engine, engines, engine.reason, by_monitor, one.course.cause, self._says(one)))
 
     def _tell(self) -> None:
         """Hand verdicts to the callback, in order."""
@@ -462,8 +464,10 @@ class HealthMonitor:
         return self._settings.interval_s * random.uniform(EARLIEST, 1.0)
 
     def _count(self, one: _Watched, check: Check) -> None:
-        says = one.group.opinion if self._settings.url is not None else Server.NOT_ASKED
-        self._fleet.metrics.checked(one.engine.labels, check, says)
+        self._fleet.metrics.checked(one.engine.labels, check, self._says(one))
+
+    def _says(self, one: _Watched) -> Server:
+        return Server.NOT_ASKED if self._settings.url is None else one.group.opinion
 
 
 class _Opening(NamedTuple):

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
-from typing import Protocol
+from typing import Any, Protocol
 from wsgiref.simple_server import WSGIServer
 
 import ray
@@ -298,7 +298,7 @@ def monitor_gauges(
     yield _gauge("monitor_info", "The monitor's versions.", ("run", "version", "ray_version"), info)
 
 
-def held_gauge(held: Mapping[tuple[str, ...], Mapping[Ruling, int]]) -> Metric:
+def held_gauge(held: Mapping[tuple[str, ...], Mapping[Any, int]]) -> Metric:
     """The gauge of verdicts held, of each (run,), by why."""
     values = {(*run, why): float(of.get(why, 0)) for run, of in held.items() for why in HELD}
     return _gauge("verdicts_held", "Verdicts of the health monitor that are due, and held.", ("run", "why"), values)

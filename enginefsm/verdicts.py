@@ -42,7 +42,7 @@ class Ruling(StrEnum):
 
     GIVEN = "given"
     WAITS = "waits"
-    """Not every other engine has been heard since the trouble began: it may be everybody's."""
+    """Not every other engine of the same watch has been heard since the trouble began: it may be everybody's."""
     MASS_OUTAGE = "mass_outage"
     """Held while most engines are unavailable."""
     KILL_CAP = "kill_cap"
@@ -82,10 +82,11 @@ class Course:
 
 
 class _Standing:
-    __slots__ = ("group", "heard_at", "living", "unavailable")
+    __slots__ = ("group", "heard_at", "living", "unavailable", "watch")
 
-    def __init__(self, group: Hashable) -> None:
+    def __init__(self, group: Hashable, watch: Hashable) -> None:
         self.group = group
+        self.watch = watch
         self.living = self.unavailable = False
         self.heard_at = float("-inf")
 
@@ -106,13 +107,13 @@ class Court:
         self._in_outage = False
         self._news: list[str] = []
 
-    def enter(self, actor: Hashable, group: Hashable) -> None:
-        """Watch an actor; it counts for an engine at work once `see` says so."""
+    def enter(self, actor: Hashable, group: Hashable, watch: Hashable = None) -> None:
+        """Have an actor watched, by one watch of several; it counts for an engine at work once `see` says so."""
         with self._lock:
-            self._standings[actor] = _Standing(group)
+            self._standings[actor] = _Standing(group, watch)
 
     def leave(self, actor: Hashable) -> None:
-        """Watch an actor no more."""
+        """Have an actor watched no more."""
         with self._lock:
             standing = self._standings.pop(actor, None)
             if standing is not None:
@@ -161,7 +162,9 @@ class Court:
     def _rule(self, group: Hashable, since: float, now: float) -> Ruling:
         if self._in_outage:
             return Ruling.MASS_OUTAGE
-        if any(one.living and one.group != group and one.heard_at < since for one in self._standings.values()):
+        watches = {one.watch for one in self._standings.values() if one.group == group}
+        others = (one for one in self._standings.values() if one.watch in watches and one.group != group)
+        if any(one.living and one.heard_at < since for one in others):
             return Ruling.WAITS
         while self._given_at and now - self._given_at[0] >= CAP_WINDOW_S:
             self._given_at.popleft()
