@@ -18,6 +18,7 @@ from enginefsm.engine import MonitoredEngine, Probe
 from enginefsm.errors import ActorRestartedError, LaunchDeadlineError, RetryExhaustedError
 from enginefsm.events import CallOutcome, Event, Listener
 from enginefsm.export import Exporter
+from enginefsm.health import HealthMonitor, Verdict
 from enginefsm.metrics import MetricsServer
 from enginefsm.monitor import EngineMonitor
 from enginefsm.outcomes import Outcome, classify
@@ -31,6 +32,7 @@ __all__ = [
     "EngineMonitor",
     "EngineState",
     "Event",
+    "HealthMonitor",
     "LaunchDeadlineError",
     "Listener",
     "MonitoredEngine",
@@ -39,6 +41,7 @@ __all__ = [
     "RetryExhaustedError",
     "RetryPolicy",
     "Transition",
+    "Verdict",
     "adopt",
     "classify",
     "configure",
@@ -46,6 +49,7 @@ __all__ = [
     "get",
     "release",
     "serve_metrics",
+    "watch",
 ]
 
 _lock = threading.Lock()
@@ -119,3 +123,19 @@ def get(calls: Call | ObjectRef[Any] | Sequence[Call | ObjectRef[Any]], timeout:
 def serve_metrics(port: int, addr: str = "127.0.0.1") -> MetricsServer:
     """Serve the process's monitor's metrics; see `EngineMonitor.serve_metrics`."""
     return default_monitor().serve_metrics(port, addr)
+
+
+def watch(
+    engines: Iterable[MonitoredEngine | Sequence[MonitoredEngine]],
+    probe: str = "health_generate",
+    interval_s: float = 10.0,
+    timeout_s: float = 30.0,
+    failure_threshold: int = 3,
+    first_wait_s: float = 0.0,
+    on_dead: Callable[[Verdict], object] | None = None,
+    url: str | None = None,
+) -> HealthMonitor:
+    """Probe engines in the background, and tell of those that are dead; see `EngineMonitor.watch`."""
+    return default_monitor().watch(
+        engines, probe, interval_s, timeout_s, failure_threshold, first_wait_s, on_dead, url
+    )  # fmt: skip

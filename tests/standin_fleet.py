@@ -36,7 +36,8 @@ class StandInFleet:
     def __init__(self, run):
         self.run = run
         self.engines = {}
-        self.metrics = FleetMetrics(run, lambda: list(self.engines.values()))
+        self.held = {}
+        self.metrics = FleetMetrics(run, lambda: list(self.engines.values()), lambda: self.held)
 
     def launch(self, name, *, s_ago=0.0, incarnation=1, model="tiny", worker_type="regular", **labels):
         labels = {"model": model, "worker_type": worker_type, **labels}
@@ -85,4 +86,5 @@ def every_metric():
     fleet.answer("e0", Outcome.ACTOR_UNAVAILABLE)
     fleet.answer("e0", Outcome.ACTOR_UNAVAILABLE, attempt=1, probe=True)
     fleet.step("e0", Reason.RETRY_EXHAUSTED)
+    fleet.metrics.expect_checks({})
     return {family.name: family for family in fleet.metrics.registry.collect()}

@@ -21,7 +21,9 @@ from standin_fleet import StandInFleet
 
 from enginefsm import dashboard_files
 from enginefsm.outcomes import Outcome
+from enginefsm.serving import Server
 from enginefsm.states import Reason
+from enginefsm.verdicts import Check, Ruling
 
 GRAFANA = Path(__file__).parents[1] / "dashboards" / "grafana"
 DASHBOARDS = {path.name: json.loads(path.read_text()) for path in sorted(GRAFANA.glob("*.json"))}
@@ -84,6 +86,7 @@ def launch_with_faults(glm):
         glm.launch(name, s_ago=200, worker_type={"p": "prefill", "d": "decode"}[name[0]], node="n3")
     glm.launch("gone", s_ago=200, node="n3")
     glm.metrics.expect_exporter("hub")
+    glm.metrics.expect_checks({"model": "tiny", "worker_type": "regular"})
 
 
 def let_faults_happen(glm):
@@ -110,6 +113,10 @@ def let_faults_happen(glm):
     glm.release("gone")
     glm.metrics.exporter_failed("hub")
     glm.metrics.exporter_failed("hub")
+    for check, server, times in (("answered", "serves", 5), ("silent", "serves", 3), ("answered", "fails", 2)):
+        for _ in range(times):
+            glm.metrics.checked({"model": "tiny", "worker_type": "regular"}, Check(check), Server(server))
+    glm.held = {Ruling.KILL_CAP: 2}
     for _ in range(3):
         glm.metrics.event_dropped("hub")
 
@@ -210,6 +217,11 @@ BRINGUP = {
     ],
     ("Given up so far", "A"): [({"reason": "retry_exhausted"}, 1), ({"reason": "launch_deadline"}, 0)],
     ("Probes", "A"): [({"result": "actor_unavailable"}, lambda s: 0.25 < s <= 0.5)],
+    ("Health checks", "A"): [
+        ({"actor": "answered", "server": "serves"}, 5), ({"actor": "silent", "server": "serves"}, 3),
+        ({"actor": "answered", "server": "fails"}, 2),
+    ],
+    ("Verdicts held", "A"): [({"why": "kill_cap"}, 2), ({"why": "mass_outage"}, 0)],
     ("Time since the last heartbeat", "A"): [({"run": "glm"}, IS_HEARD_OF)],
     ("Exporters", "A"): [({"sink": "hub"}, 2)],
     ("Exporters", "B"): [({"sink": "hub"}, 3)],
@@ -273,6 +285,7 @@ def alerts(process_lives):
     living = [
         engine("EngineUnavailable", "warning", "e7"),
         engine("LaunchSlow", "warning", "e4"),
+        alert("VerdictsHeld", "critical", why="kill_cap"),
     ]
     return lasting + (living if process_lives else [])
 
