@@ -382,6 +382,26 @@ def bringup() -> dashboard.Dashboard:
         )
     )  # fmt: skip
 
+    built.with_row(dashboard.Row("Health"))
+    check = q.during("enginefsm_health_checks_total", "actor, server", f"{q.GROUP}, actor, server")
+    built.with_panel(
+        bars(
+            "Health checks",
+            "What the health monitor found of actors, and what their servers said over HTTP: an actor that is silent, "
+            "or unavailable, while its server serves is out of reach, not dead; where the actor answers and the server "
+            "fails, it is the server that is dead.",
+            over_time(f"{check} > 0", "actor {{actor}}, server {{server}}"), width=16,
+        )
+    )  # fmt: skip
+    built.with_panel(
+        lines(
+            "Verdicts held",
+            "Engines that have failed for long enough to be given up, and are kept: most are unavailable at once, or "
+            "too many were given up lately.",
+            "short", [over_time(f"max by (why) (enginefsm_verdicts_held{{{q.IN_RUN}}})", "{{why}}")], width=8,
+        ).decimals(0)
+    )  # fmt: skip
+
     built.with_row(dashboard.Row("The monitor itself"))
     built.with_panel(
         lines(

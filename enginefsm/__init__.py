@@ -19,6 +19,7 @@ from enginefsm.engine import MonitoredEngine, Probe
 from enginefsm.errors import ActorRestartedError, LaunchDeadlineError, RestartCapError, RetryExhaustedError
 from enginefsm.events import CallOutcome, Event, Listener
 from enginefsm.export import Exporter
+from enginefsm.health import HealthMonitor, Verdict
 from enginefsm.incarnations import Incarnation
 from enginefsm.metrics import MetricsServer
 from enginefsm.monitor import EngineMonitor
@@ -33,6 +34,7 @@ __all__ = [
     "EngineMonitor",
     "EngineState",
     "Event",
+    "HealthMonitor",
     "Incarnation",
     "LaunchDeadlineError",
     "LaunchStage",
@@ -45,6 +47,7 @@ __all__ = [
     "RetryExhaustedError",
     "RetryPolicy",
     "Transition",
+    "Verdict",
     "adopt",
     "classify",
     "configure",
@@ -54,6 +57,7 @@ __all__ = [
     "monitored",
     "release",
     "serve_metrics",
+    "watch",
 ]
 
 _lock = threading.Lock()
@@ -141,3 +145,19 @@ async def gather(calls: Call | ObjectRef[Any] | Sequence[Call | ObjectRef[Any]],
 def serve_metrics(port: int, addr: str = "127.0.0.1") -> MetricsServer:
     """Serve the process's monitor's metrics; see `EngineMonitor.serve_metrics`."""
     return default_monitor().serve_metrics(port, addr)
+
+
+def watch(
+    engines: Iterable[MonitoredEngine | Sequence[MonitoredEngine]],
+    probe: str = "health_generate",
+    interval_s: float = 10.0,
+    timeout_s: float = 30.0,
+    failure_threshold: int = 3,
+    first_wait_s: float = 0.0,
+    on_dead: Callable[[Verdict], object] | None = None,
+    url: str | None = None,
+) -> HealthMonitor:
+    """Probe engines in the background, and tell of those that are dead; see `EngineMonitor.watch`."""
+    return default_monitor().watch(
+        engines, probe, interval_s, timeout_s, failure_threshold, first_wait_s, on_dead, url
+    )  # fmt: skip

@@ -55,7 +55,7 @@ _ATOMS = (type(None), bool, int, float, complex, str, bytes, ObjectRef, ActorHan
 class Ledger:
     """The numbers of one monitor's calls to one actor: which are open, and which the actor may forget."""
 
-    __slots__ = ("_caller", "_lock", "_next", "_open", "_settled", "answered")
+    __slots__ = ("_caller", "_lock", "_news", "_next", "_open", "_settled", "answered")
 
     def __init__(self) -> None:
         self.answered = False
@@ -67,6 +67,18 @@ class Ledger:
         # A garbage-collected call settles itself, at any moment and on any thread, this ledger's lock held or not:
         # a SimpleQueue is made to be put to from there.
         self._settled: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._news: list[int] = []  # settled, and not told to the actor yet
+
+    @property
+    def calls(self) -> int:
+        """How many calls were made so far."""
+        return self._next
+
+    def is_open(self, below: int) -> bool:
+        """Whether one of the first `below` calls is out: nobody has taken its outcome, and somebody may."""
+        with self._lock:
+            self._take_settled()
+            return next(iter(self._open), below) < below
 
     def open(self) -> int:
         """A new number."""
@@ -83,12 +95,15 @@ class Ledger:
     def header(self) -> tuple[str, tuple[int, tuple[int, ...]]]:
         """The caller's name, and what is settled: every number below the first, and those of the second."""
         with self._lock:
-            news = []
-            while not self._settled.empty():
-                news.append(self._settled.get())
-                self._open.pop(news[-1], None)
+            self._take_settled()
+            news, self._news = self._news, []
             below = next(iter(self._open), self._next)
             return self._caller, (below, tuple(number for number in news if number > below))
+
+    def _take_settled(self) -> None:
+        while not self._settled.empty():
+            self._news.append(self._settled.get())
+            self._open.pop(self._news[-1], None)
 
 
 class _Freezer(cloudpickle.CloudPickler):

@@ -269,8 +269,13 @@ class MonitoredEngine:
         while len(self._plain_refs) > PLAIN_REFS_KEPT:
             self._plain_refs.pop(next(iter(self._plain_refs)))
 
-    def observe(self, outcome: Outcome, *, launches: bool, submitted_at: float, again: bool = False) -> None:
-        """Take in what came of a submission that was made at `submitted_at` (monotonic); `again` if not the first."""
+    def observe(
+        self, outcome: Outcome, *, launches: bool, submitted_at: float, again: bool = False, probed: bool = False
+    ) -> None:
+        """Take in what came of a submission that was made at `submitted_at` (monotonic); `again` if not the first.
+
+        `probed` says that it was the health monitor's, and that all is well.
+        """
         with self._lock:
             now = time.monotonic()
             held = again and now - submitted_at >= HELD_S
@@ -283,9 +288,22 @@ class MonitoredEngine:
                     self._outage = None
                 elif outcome is Outcome.SUCCEEDED or not launches:
                     return  # asked before the break, and answered before it: no sign that the engine is back
+                if self._record.reason is Reason.PROBE_FAILED and not probed and not launches:
+                    return  # the actor answers, as it did all along: what fails is behind it
             reason = reason_for(outcome, state=self.state, launches=launches, launched=self._record.succeeded)
             if reason is not None:
                 self._step(reason, now)
+
+    def suspect(self, reason: Reason, asked_at: float) -> None:
+        """The health monitor, which asked at `asked_at` (monotonic), had no answer, or not the right one."""
+        with self._lock:
+            if self._step(reason, time.monotonic()) and self._outage is None:
+                self._outage = Outage(since=asked_at)
+
+    def give_up(self) -> bool:
+        """End it for the health monitor, its bounds spent, unless it is back; says whether it did."""
+        with self._lock:
+            return self.state is EngineState.UNAVAILABLE and self._step(Reason.RETRY_EXHAUSTED, time.monotonic())
 
     def plan_resubmission(self, policy: RetryPolicy, call: Awaited) -> bool:
         """Set when `call`, which found the engine unavailable, is to be submitted again; False when out of bounds."""

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
-from typing import Protocol
+from typing import Any, Protocol
 from wsgiref.simple_server import WSGIServer
 
 import ray
@@ -24,7 +24,9 @@ from enginefsm.counting import Counts, Durations
 from enginefsm.engine import EngineSnapshot
 from enginefsm.events import CallOutcome, Event
 from enginefsm.outcomes import Outcome
+from enginefsm.serving import Server
 from enginefsm.states import EDGES, GIVEN_UP, EngineState, Reason, Transition
+from enginefsm.verdicts import HELD, Check, Ruling
 
 GROUP = ("run", "model", "worker_type")
 ENGINE = (*GROUP, "engine")
@@ -59,10 +61,17 @@ class EngineView(Protocol):
 class FleetMetrics(Collector):
     """Listens to a monitor, and is collected by Prometheus. `registry` holds it and nothing else."""
 
-    def __init__(self, run: str, engines: Callable[[], Sequence[EngineView]]) -> None:
+    def __init__(
+        self,
+        run: str,
+        engines: Callable[[], Sequence[EngineView]],
+        held: Callable[[], Mapping[Ruling, int]] = dict,
+    ) -> None:
         self.registry = CollectorRegistry(auto_describe=False)
         self._run = run
         self._engines = engines
+        self.verdicts_held = held
+        """How many of the health monitor's verdicts are held, by why."""
         self._groups: set[tuple[str, str, str]] = set()
         self._methods: set[tuple[str, str, str, str]] = set()
         self._stopped_at_s = 0.0
@@ -101,10 +110,14 @@ class FleetMetrics(Collector):
         self._probe_duration = histogram(
             "probe_duration", "From a probe to its outcome.", (*GROUP, "result"), PROBE_BUCKETS_S
         )
+        self._health_checks = counter(
+            "health_checks", "Checks of actors by the health monitor, and what their servers said.",
+            (*GROUP, "actor", "server"),
+        )  # fmt: skip
         self._kept: tuple[Collector, ...] = (
             self._transitions, self._outcomes, self._reawaits, self._exhausted, self._export_errors,
             self._events_dropped, self._launch_duration, self._unavailable_duration,
-            self._replacement_duration, self._probe_duration,
+            self._replacement_duration, self._probe_duration, self._health_checks,
         )  # fmt: skip
         self.registry.register(self)
 
@@ -165,6 +178,21 @@ class FleetMetrics(Collector):
         """Begin to count, at 0, the outcomes of a method of engines with these labels."""
         self._begin_method_at_zero(self._group(labels), method)
 
+    def expect_checks(self, labels: Mapping[str, str]) -> None:
+        """Begin to count, at 0, the health monitor's checks of engines with these labels."""
+        group = self._group(labels)
+        for actor in Check:
+            for server in Server:
+                self._health_checks.begin(*group, actor, server)
+
+    def checked(self, labels: Mapping[str, str], actor: Check, server: Server) -> None:
+        """Count a check of the health monitor's."""
+        self._health_checks.add(*self._group(labels), actor, server)
+
+    def probed(self, labels: Mapping[str, str], outcome: Outcome, took_s: float) -> None:
+        """Take in how long a probe of the health monitor's took."""
+        self._probe_duration.observe(took_s, *self._group(labels), outcome)
+
     def expect_listener(self, listener: object) -> None:
         """Begin to count, at 0, the failures of a listener."""
         self._export_errors.begin(self._run, _sink(listener))
@@ -209,6 +237,7 @@ class FleetMetrics(Collector):
         yield from self._collect_engines()
         run: tuple[str, ...] = (self._run,)
         yield from monitor_gauges({run: time.time()}, {run: self._stopped_at_s}, {(*run, *versions()): 1.0})
+        yield held_gauge({run: self.verdicts_held()})
 
     def collect_counts(self) -> Iterator[Metric]:
         """What is counted over the monitor's life: those of several monitors add up."""
@@ -266,6 +295,12 @@ def monitor_gauges(
     text = "When the monitor ended in good order; 0 while it has not."
     yield _gauge("monitor_stopped_timestamp_seconds", text, ("run",), stopped)
     yield _gauge("monitor_info", "The monitor's versions.", ("run", "version", "ray_version"), info)
+
+
+def held_gauge(held: Mapping[tuple[str, ...], Mapping[Any, int]]) -> Metric:
+    """The gauge of verdicts held, of each (run,), by why."""
+    values = {(*run, why): float(of.get(why, 0)) for run, of in held.items() for why in HELD}
+    return _gauge("verdicts_held", "Verdicts of the health monitor that are due, and held.", ("run", "why"), values)
 
 
 @functools.cache

@@ -8,11 +8,11 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
 from ray import ObjectRef
-from ray.actor import ActorHandle
+from ray.actor import ActorHandle, ActorMethod
 
 from enginefsm import _ends, _ray_handles
 from enginefsm.awaiting import Wait
@@ -22,13 +22,15 @@ from enginefsm.engine import MonitoredEngine, Probe
 from enginefsm.errors import RestartCapError
 from enginefsm.events import Event, Listener
 from enginefsm.export import FLUSH_S, Exporter, Exports, from_environment
+from enginefsm.health import Fleet, HealthMonitor, Settings, Verdict
 from enginefsm.incarnations import FIRST, Incarnation, Lineage
-from enginefsm.launching import LaunchStages
 from enginefsm.lane import Lane
+from enginefsm.launching import LaunchStages
 from enginefsm.looping import pace, wait_on_loop
 from enginefsm.metrics import FleetMetrics, MetricsServer
 from enginefsm.policy import RestartCap, RetryPolicy
 from enginefsm.states import EngineRecord, EngineState, Reason, Transition
+from enginefsm.verdicts import Court
 
 logger = logging.getLogger("enginefsm")
 
@@ -79,7 +81,9 @@ class EngineMonitor:
         # For event loops: what takes its time, what listeners do, and the wait for exporters, which keep nothing up.
         self._doing, self._delivering, self._flushing = Lane("doing"), Lane("listeners"), Lane("flush")
         self._deliver_patiently = functools.partial(self._deliver, FLUSH_S)
-        self.metrics = FleetMetrics(run, self.engines)
+        self._watches: list[HealthMonitor] = []
+        self._court = Court()
+        self.metrics = FleetMetrics(run, self.engines, self._court.held)
         """What Prometheus is told."""
         self.stages = LaunchStages(self.engines)
         """How far Ray says that launches are, for those who tell of them."""
@@ -254,6 +258,58 @@ class EngineMonitor:
         results = [values[one] for one in awaited]
         return results if several else results[0]
 
+    def watch(
+        self,
+        engines: Iterable[MonitoredEngine | Sequence[MonitoredEngine]],
+        probe: str = "health_generate",
+        interval_s: float = 10.0,
+        timeout_s: float = 30.0,
+        failure_threshold: int = 3,
+        first_wait_s: float = 0.0,
+        on_dead: Callable[[Verdict], object] | None = None,
+        url: str | None = None,
+    ) -> HealthMonitor:
+        """Probe engines that have launched, in the background, and tell of those that are dead or are to be given up.
+
+        An engine that cannot be reached, is silent or fails is `unavailable`, and comes back by itself. It is given
+        up (`retry_exhausted`) after `failure_threshold` failures in a row; a break of the connection is no failure,
+        nor is silence while the server serves: those end with the policy's `budget_s`. While most engines are
+        unavailable at once, none is given up.
+
+        Args:
+            engines: Engines of this monitor. Several actors with one server are a sequence, node 0 first: they are
+                probed each, and end together. Names are watched: the next incarnation is probed once it has launched.
+            probe: A method of the actors, which says whether all is well: what is false, or raises, is a failure. It
+                is given `timeout_s` if it has a parameter `timeout` or `timeout_s`.
+            interval_s: From one probe of an engine to its next, at most.
+            timeout_s: How long a probe, or the server, may take to answer.
+            failure_threshold: Failures in a row after which an engine is given up.
+            first_wait_s: How long no probe is sent, after the start and after each `resume`.
+            on_dead: Called with each `Verdict`, one at a time, on a thread of its own. One that raises is logged and
+                counted.
+            url: A method of the actors that gives the server's base URL. The server is then asked as well, by
+                `GET /health`: that it serves, though the actor is silent, keeps the engine; that it does not, though
+                the actor answers, is a failure.
+
+        Raises:
+            TypeError, ValueError: An argument makes no sense, an engine is not of this monitor, or is watched already,
+                or has no such method. Nothing is watched then.
+        """
+        groups = [[one] if isinstance(one, MonitoredEngine) else list(one) for one in engines]
+        settings = Settings(probe, interval_s, timeout_s, failure_threshold, first_wait_s, url)
+        self._check_watched(groups, settings, on_dead)
+        fleet = Fleet(self.engine, self.policy, self.metrics, self._court, self._deliver)
+        with self._lock:
+            self._watches = [watch for watch in self._watches if not watch.stopped]
+            taken = {name for watch in self._watches for name in watch.names}
+            for engine in (engine for group in groups for engine in group):
+                if engine.name in taken:
+                    raise ValueError(f"engine {engine.name!r} is watched already: stop() that health monitor first")
+                taken.add(engine.name)
+            watch = HealthMonitor(fleet, groups, settings, on_dead)
+            self._watches.append(watch)
+        return watch
+
     def add_listener(self, listener: Listener) -> None:
         """Have `listener` called with every event from now on."""
         self.metrics.expect_listener(listener)
@@ -265,14 +321,18 @@ class EngineMonitor:
         return exports is None or exports.flush(timeout_s)
 
     def close(self, timeout_s: float = FLUSH_S) -> None:
-        """End in good order: exporters are given what is left, `timeout_s` seconds at most, and that this is the end.
+        """End in good order: nothing is watched any more; exporters are given what is left, and that this is the end.
 
-        Engines and their actors are not touched. What happens to them afterwards is not exported. Called by itself
-        when Ray is shut down or the interpreter ends, or, in an actor, when Ray lets the actor end; not when the
-        process is killed, as Ray does to the actors of a job that ends. Closing twice does nothing.
+        Either takes `timeout_s` seconds at most. Engines and their actors are not touched. What happens to them
+        afterwards is not exported. Called by itself when Ray is shut down or the interpreter ends, or, in an actor,
+        when Ray lets the actor end; not when the process is killed, as Ray does to the actors of a job that ends.
+        Closing twice does nothing.
         """
         with self._lock:
             exports, self._exports, self._exporters = self._exports, None, []
+            watches, self._watches = self._watches, []
+        for watch in watches:
+            watch.stop(timeout_s)
         if exports is None:
             return
         self.closed = True
@@ -325,18 +385,27 @@ class EngineMonitor:
         if not isinstance(name, str) or not name:
             raise ValueError(f"an engine's name is a text that is not empty, not {name!r}")
         for role, method in (("launch method", launch), ("probe", probe)):
-            if not isinstance(method, str):
-                continue
-            if not hasattr(handle, method):
-                known = ", ".join(sorted(m for m in dir(handle) if not m.startswith("_")))
-                raise ValueError(f"{handle!r} has no method {method!r} to be its {role}; it has: {known}")
-            if hasattr(MonitoredEngine, method):
-                raise ValueError(f"{method!r} cannot be the {role}: a MonitoredEngine has that name for itself")
-            if not _ray_handles.is_plain(getattr(handle, method), {}):
-                raise ValueError(f"{method!r} cannot be the {role}: it does not return one plain value")
+            if isinstance(method, str):
+                _check_method(handle, method, role)
+                if hasattr(MonitoredEngine, method):
+                    raise ValueError(f"{method!r} cannot be the {role}: a MonitoredEngine has that name for itself")
         taken = _RESERVED_LABELS.intersection(labels)
         if taken:
             raise ValueError(f"labels that enginefsm sets itself cannot be given: {', '.join(sorted(taken))}")
+
+    def _check_watched(self, groups: list[list[MonitoredEngine]], settings: Settings, on_dead: object) -> None:
+        if not groups or not all(groups):
+            raise ValueError("watch() takes one engine or more, and no empty sequence of actors")
+        if on_dead is not None and not callable(on_dead):
+            raise TypeError(f"on_dead is called with each verdict; {on_dead!r} cannot be called")
+        for engine in (engine for group in groups for engine in group):
+            if not isinstance(engine, MonitoredEngine):
+                raise TypeError(f"watch() takes what adopt() gave, alone or in sequences, not {engine!r}")
+            if engine.owner is not self:
+                raise ValueError(f"{engine!r} is an engine of another monitor: watch it there")
+            _check_method(engine.handle, settings.probe, "probe")
+            if settings.url is not None:
+                _check_method(engine.handle, settings.url, "url")
 
     def _awaited(self, one: Any) -> Awaited:
         if isinstance(one, Call):
@@ -415,6 +484,14 @@ def _given(calls: Any, timeout: float | None) -> list[Any]:
     if timeout is not None and timeout < 0:
         raise ValueError(f"timeout is a number of seconds, 0 or more, or None, not {timeout!r}")
     return list(calls) if isinstance(calls, Sequence) else [calls]
+
+
+def _check_method(handle: ActorHandle[Any], method: str, role: str) -> None:
+    if not isinstance(getattr(handle, str(method), None), ActorMethod):
+        known = ", ".join(sorted(m for m in dir(handle) if not m.startswith("_")))
+        raise ValueError(f"{handle!r} has no method {method!r} to be its {role}; it has: {known}")
+    if not _ray_handles.is_plain(getattr(handle, method), {}):
+        raise ValueError(f"{method!r} cannot be the {role}: it does not return one plain value")
 
 
 def _log(event: Event) -> None:

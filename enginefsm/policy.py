@@ -48,19 +48,19 @@ class RetryPolicy:
             if not holds:
                 raise ValueError(f"RetryPolicy: {field} must be {what}, not {getattr(self, field)!r}")
 
-        check("budget_s", _is_finite(self.budget_s) and self.budget_s >= 0, "a number of seconds, 0 or more")
+        check("budget_s", is_finite(self.budget_s) and self.budget_s >= 0, "a number of seconds, 0 or more")
         check(
             "max_attempts",
-            self.max_attempts is None or (_is_whole(self.max_attempts) and self.max_attempts >= 0),
+            self.max_attempts is None or (is_whole(self.max_attempts) and self.max_attempts >= 0),
             "None or a whole number, 0 or more",
         )
-        check("base_s", _is_finite(self.base_s) and self.base_s > 0, "a number of seconds above 0")
-        check("factor", _is_finite(self.factor) and self.factor >= 1, "a number, 1 or more")
-        check("cap_s", _is_finite(self.cap_s) and self.cap_s >= self.base_s, "a number of seconds, base_s or more")
+        check("base_s", is_finite(self.base_s) and self.base_s > 0, "a number of seconds above 0")
+        check("factor", is_finite(self.factor) and self.factor >= 1, "a number, 1 or more")
+        check("cap_s", is_finite(self.cap_s) and self.cap_s >= self.base_s, "a number of seconds, base_s or more")
         check("jitter", self.jitter in ("full", "none"), '"full" or "none"')
         check(
             "launch_deadline_s",
-            self.launch_deadline_s is None or (_is_finite(self.launch_deadline_s) and self.launch_deadline_s > 0),
+            self.launch_deadline_s is None or (is_finite(self.launch_deadline_s) and self.launch_deadline_s > 0),
             "None or a number of seconds above 0",
         )
 
@@ -83,9 +83,9 @@ class RestartCap:
     within_s: float = 3600.0
 
     def __post_init__(self) -> None:
-        if not (_is_whole(self.restarts) and self.restarts >= 0):
+        if not (is_whole(self.restarts) and self.restarts >= 0):
             raise ValueError(f"RestartCap: restarts must be a whole number, 0 or more, not {self.restarts!r}")
-        if not (_is_finite(self.within_s) and self.within_s > 0):
+        if not (is_finite(self.within_s) and self.within_s > 0):
             raise ValueError(f"RestartCap: within_s must be a number of seconds above 0, not {self.within_s!r}")
 
     def allows_in_s(self, restarted_at: Sequence[float], now: float) -> float:
@@ -98,11 +98,13 @@ class RestartCap:
         return math.inf if self.restarts == 0 else max(0.0, restarted_at[-self.restarts] + self.within_s - now)
 
 
-def _is_finite(value: object) -> bool:
+def is_finite(value: object) -> bool:
+    """Whether it is a number, and a finite one."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_whole(value: object) -> bool:
+def is_whole(value: object) -> bool:
+    """Whether it is a whole number."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 

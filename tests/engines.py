@@ -212,3 +212,16 @@ class Doomed:
 
     def init(self):
         return "launched"
+
+
+class Probed(Engine):
+    """An engine that is ill while the file `ill` is there, and slow to say so while `slow` is.
+
+    Each probe leaves its time, and the timeout that it was given, in `probes`.
+    """
+
+    def well(self, timeout=5.0):
+        with (self.directory / "probes").open("a") as probes:
+            probes.write(f"{time.monotonic()} {timeout}\n")
+        wait_until(lambda: not (self.directory / "slow").exists(), what="the end of slowness")
+        return not (self.directory / "ill").exists()

@@ -6,7 +6,9 @@ from standin_fleet import StandInFleet
 
 from enginefsm.export import Hub
 from enginefsm.outcomes import Outcome
+from enginefsm.serving import Server
 from enginefsm.states import Reason
+from enginefsm.verdicts import Check, Ruling
 
 
 def launch_with_faults(glm):
@@ -16,6 +18,7 @@ def launch_with_faults(glm):
     for name in ("p0", "d0", "d1"):
         glm.launch(name, s_ago=200, worker_type={"p": "prefill", "d": "decode"}[name[0]], node="n3")
     glm.launch("gone", s_ago=200, out_s_ago=260, node="n3")
+    glm.metrics.expect_checks({"model": "tiny", "worker_type": "regular"})
     glm.step("e5", Reason.ACTOR_UNAVAILABLE, s_ago=150)
     glm.answer("e5", Outcome.ACTOR_UNAVAILABLE)
     glm.answer("e5", Outcome.ACTOR_UNAVAILABLE, attempt=1, probe=True, took_s=0.4)
@@ -44,6 +47,10 @@ def let_faults_happen(glm):
     glm.step("d1", Reason.INIT_FAILED, s_ago=20)
     glm.metrics.exporter_failed("hub")
     glm.metrics.exporter_failed("hub")
+    for check, server, times in (("answered", "serves", 5), ("silent", "serves", 3), ("answered", "fails", 2)):
+        for _ in range(times):
+            glm.metrics.checked({"model": "tiny", "worker_type": "regular"}, Check(check), Server(server))
+    glm.held = {Ruling.KILL_CAP: 2}
     for _ in range(3):
         glm.metrics.event_dropped("hub")
     glm.step("gone", Reason.INIT_SUCCEEDED, s_ago=100)

@@ -36,8 +36,9 @@ class StandInFleet:
 
     def __init__(self, run, exporters=()):
         self.run = run
+        self.held = {}
         self._engines = {}
-        self.metrics = FleetMetrics(run, self.engines)
+        self.metrics = FleetMetrics(run, self.engines, lambda: self.held)
         self._exports = Exports(exporters, self)
 
     def engines(self):
@@ -102,4 +103,5 @@ def every_metric():
     fleet.answer("e0", Outcome.ACTOR_UNAVAILABLE)
     fleet.answer("e0", Outcome.ACTOR_UNAVAILABLE, attempt=1, probe=True)
     fleet.step("e0", Reason.RETRY_EXHAUSTED)
+    fleet.metrics.expect_checks({})
     return {family.name: family for family in fleet.metrics.registry.collect()}

@@ -8,20 +8,18 @@ import gc
 import pickle
 import threading
 import time
-import warnings
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import ray
 import uvloop
 from clusters import local_ray  # noqa: F401
-from engines import Asyncio, AsyncEngine, Doomed, Engine, GroupedAsync, wait_until
+from engines import AsyncEngine, Asyncio, Doomed, Engine, GroupedAsync, wait_until
 from loops import Loop
 from ray import cloudpickle
 from ray.exceptions import RayTaskError, TaskCancelledError
 
 import enginefsm
-from enginefsm import EngineState, RetryExhaustedError, RetryPolicy, chaos
+from enginefsm import EngineState, RetryPolicy, chaos
 
 LAUNCHING, READY, UNAVAILABLE, DEAD = EngineState
 

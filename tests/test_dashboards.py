@@ -181,6 +181,11 @@ BRINGUP = {
     ],
     ("Given up so far", "A"): [({"reason": "retry_exhausted"}, 1), ({"reason": "launch_deadline"}, 0)],
     ("Probes", "A"): [({"result": "actor_unavailable"}, lambda s: 0.25 < s <= 0.5)],
+    ("Health checks", "A"): [
+        ({"actor": "answered", "server": "serves"}, 5), ({"actor": "silent", "server": "serves"}, 3),
+        ({"actor": "answered", "server": "fails"}, 2),
+    ],
+    ("Verdicts held", "A"): [({"why": "kill_cap"}, 2), ({"why": "mass_outage"}, 0)],
     ("Time since the last heartbeat", "A"): [({"run": "glm"}, IS_HEARD_OF)],
     ("Exporters", "A"): [({"sink": "hub"}, 2)],
     ("Exporters", "B"): [({"sink": "hub"}, 3)],
@@ -244,6 +249,7 @@ def alerts(hub_lives):
     living = [
         engine("EngineUnavailable", "warning", "e7"),
         engine("LaunchSlow", "warning", "e4"),
+        alert("VerdictsHeld", "critical", why="kill_cap"),
     ]
     return lasting + (living if hub_lives else [])
 

@@ -56,7 +56,7 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from enginefsm.engine import EngineSnapshot
-from enginefsm.metrics import GROUP, PER_ENGINE, WITH_REASON, bringup_gauges, monitor_gauges, phase
+from enginefsm.metrics import GROUP, PER_ENGINE, WITH_REASON, bringup_gauges, held_gauge, monitor_gauges, phase
 from enginefsm.states import GIVEN_UP, EngineState
 
 PROTOCOL = 1
@@ -100,6 +100,8 @@ class Report(TypedDict, total=False):
     gone: Required[list[str]]
     """Engines that are no longer there."""
     counts: Required[Counts]
+    held: dict[str, int]
+    """How many verdicts of the health monitor are held, by why."""
     job: Required[str]
     """The Ray job in whose actor the manager is, as whose driver ends it is killed; "" where it is a driver's own."""
     started_s: Required[float]
@@ -299,17 +301,27 @@ class FleetTable:
 
     def _monitor_gauges(self, by_run: Mapping[str, list[_Manager]]) -> list[Metric]:
         times = {(run,): self._run_times(managers) for run, managers in by_run.items()}
-        return list(
-            monitor_gauges(
-                {run: heartbeat_s for run, (heartbeat_s, _) in times.items()},
-                {run: stopped_s for run, (_, stopped_s) in times.items()},
-                {
-                    (run, manager.report["version"], manager.report["ray_version"]): 1.0
-                    for run, managers in by_run.items()
-                    for manager in managers
-                },
-            )
+        gauges = monitor_gauges(
+            {run: heartbeat_s for run, (heartbeat_s, _) in times.items()},
+            {run: stopped_s for run, (_, stopped_s) in times.items()},
+            {
+                (run, manager.report["version"], manager.report["ray_version"]): 1.0
+                for run, managers in by_run.items()
+                for manager in managers
+            },
         )
+        held: dict[tuple[str, ...], Mapping[str, int]] = {
+            (run,): self._held(managers) for run, managers in by_run.items()
+        }
+        return [*gauges, held_gauge(held)]
+
+    def _held(self, managers: list[_Manager]) -> dict[str, int]:
+        """What the managers that are there hold; those that ended hold nothing any more."""
+        held = collections.Counter[str]()
+        for manager in managers:
+            if not self._has_ended(manager):
+                held.update(manager.report.get("held", {}))
+        return held
 
     def _run_json(self, run: str, managers: list[_Manager], shown: list[tuple[_Manager, _Entry]]) -> dict[str, Any]:
         heartbeat_s, stopped_s = self._run_times(managers)

@@ -200,6 +200,7 @@ def _report(fleet: Fleet, batch: Batch, host: str, moved_on: Iterable[str] | Non
         "rows": [row(engine.snapshot()) for engine in engines],
         "gone": gone,
         "counts": counts(fleet.metrics.collect_counts()),
+        "held": {why.value: held for why, held in fleet.metrics.verdicts_held().items()},
         "job": job,
         "started_s": batch.started_s,
         "heartbeat_s": time.time(),

@@ -1,0 +1,600 @@
+"""The health monitor: engines at work are probed, and given up when they have failed for too long.
+
+A probe is a plain call of a method of the actor: it need not run once. All that waits is on an event loop of the
+monitor's own thread; answers of Ray's arrive there as callbacks, so that nothing that Ray does can hold it up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import math
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, NamedTuple
+
+import ray
+from ray.actor import ActorMethod
+from ray.exceptions import RayError
+
+from enginefsm import _ends, _ray_handles
+from enginefsm.engine import MonitoredEngine
+from enginefsm.metrics import FleetMetrics
+from enginefsm.outcomes import Outcome, classify
+from enginefsm.policy import RetryPolicy, is_finite, is_whole
+from enginefsm.serving import Address, Server, ask
+from enginefsm.states import GIVEN_UP, EngineState, Reason
+from enginefsm.verdicts import Check, Course, Court, Ruling
+
+logger = logging.getLogger("enginefsm")
+
+STALLED_S = 1.0
+"""A timer that is so late tells that this process was stopped, and says nothing of engines."""
+STOP_S = 5.0
+EARLIEST = 0.8
+"""The next probe comes after this share of the interval at the earliest, and after the whole of it at the latest."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Verdict:
+    """The end of a watched engine."""
+
+    engine: MonitoredEngine
+    """The actor that earned it."""
+    engines: tuple[MonitoredEngine, ...]
+    """All actors of the engine, that one included, node 0 first."""
+    reason: Reason
+    by_monitor: bool
+    """Whether it was given up, its bounds spent. Its actors may live: kill them before you replace them. Otherwise it
+    is Ray's word, or the engine's own."""
+    cause: Reason | None
+    """What the last check found: `actor_unavailable`, `probe_timeout` or `probe_failed`; None if that went well."""
+    server: Server
+    """What its server said last."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Settings:
+    """How engines are watched; see `EngineMonitor.watch`. Raises ValueError naming the one that makes no sense."""
+
+    probe: str
+    interval_s: float
+    timeout_s: float
+    failure_threshold: int
+    first_wait_s: float
+    url: str | None
+
+    def __post_init__(self) -> None:
+        def check(field: str, holds: bool, what: str) -> None:
+            if not holds:
+                raise ValueError(f"watch(): {field} must be {what}, not {getattr(self, field)!r}")
+
+        for field in ("interval_s", "timeout_s"):
+            value = getattr(self, field)
+            check(field, is_finite(value) and value > 0, "a number of seconds above 0")
+        threshold, wait_s = self.failure_threshold, self.first_wait_s
+        check("failure_threshold", is_whole(threshold) and threshold >= 1, "a whole number, 1 or more")
+        check("first_wait_s", is_finite(wait_s) and wait_s >= 0, "a number of seconds, 0 or more")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fleet:
+    """What a watch uses of the monitor that made it."""
+
+    engine: Callable[[str], MonitoredEngine | None]
+    """The newest engine of a name."""
+    policy: RetryPolicy
+    metrics: FleetMetrics
+    court: Court
+    deliver: Callable[[], object]
+    """Tells listeners; called when engines may have moved."""
+
+
+class HealthMonitor:
+    """Watches engines until it is stopped. Made by `EngineMonitor.watch`. Any thread may call what it has."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        groups: Sequence[Sequence[MonitoredEngine]],
+        settings: Settings,
+        on_dead: Callable[[Verdict], object] | None,
+    ) -> None:
+        self._fleet = fleet
+        self._court = fleet.court
+        self._settings = settings
+        self._on_dead = on_dead
+        self._groups = [_Group(engines) for engines in groups]
+        self._watched = [one for group in self._groups for one in group.members]
+        self._lock = threading.Lock()  # around the opening, and around a verdict and what it rests on
+        self._opening = _Opening(0, time.monotonic() + settings.first_wait_s)
+        self._stopped = False
+        self._loop = asyncio.new_event_loop()
+        self._verdicts: queue.SimpleQueue[Verdict | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._run, name="enginefsm-health", daemon=True),
+            threading.Thread(target=self._tell, name="enginefsm-verdicts", daemon=True),
+        ]
+        if on_dead is not None:
+            fleet.metrics.expect_listener(on_dead)
+        for one in self._watched:
+            fleet.court.enter(one, one.group, self)
+            fleet.metrics.expect_checks(one.engine.labels)
+        _ends.tell_before(self.stop)
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the engines that it watches."""
+        return [one.name for one in self._watched]
+
+    @property
+    def paused(self) -> bool:
+        """Whether it is paused."""
+        return self._opening.at is None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it was stopped."""
+        return self._stopped
+
+    def pause(self) -> None:
+        """Send no more probes, and give no more verdicts, until `resume`. Returns at once."""
+        with self._lock:
+            if self._opening.at is not None:
+                self._opening = _Opening(self._opening.number + 1, None)
+        self._in_loop(self._ring_all)
+
+    def resume(self) -> None:
+        """Go on, after `first_wait_s`, with every count at 0. Does nothing when it is not paused."""
+        with self._lock:
+            if self._opening.at is None:
+                self._opening = _Opening(self._opening.number + 1, time.monotonic() + self._settings.first_wait_s)
+        self._in_loop(self._ring_all)
+
+    def stop(self, timeout_s: float = STOP_S) -> None:
+        """End for good: afterwards nothing is probed, and no callback begins. Stopping twice does nothing.
+
+        A callback that runs is waited for, `timeout_s` seconds at most, unless it is that one that calls.
+        """
+        with self._lock:
+            is_first, self._stopped = not self._stopped, True
+        if is_first:
+            _ends.forget(self.stop)
+            self._in_loop(self._ring_all)
+            self._verdicts.put(None)
+        until = time.monotonic() + timeout_s
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, until - time.monotonic()))
+        for one in self._watched:
+            self._court.leave(one)
+
+    def _in_loop(self, act: Callable[[], object]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(act)
+
+    def _ring_all(self) -> None:
+        for one in self._watched:
+            one.ring()
+
+    def _run(self) -> None:
+        try:
+            self._loop.run_until_complete(self._watch())
+        finally:
+            self._loop.close()
+
+    async def _watch(self) -> None:
+        asking = [asyncio.ensure_future(self._ask_server(group)) for group in self._groups if self._settings.url]
+        await asyncio.gather(*(self._tend(one) for one in self._watched))
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+
+    async def _tend(self, one: _Watched) -> None:
+        """Check one actor, until the end."""
+        while not self._stopped:
+            opening = self._opening
+            try:
+                next_at = await (self._check(one, opening) if one.opening == opening else self._begin(one, opening))
+            except Exception:  # of this library: all others, and this one later, are checked all the same
+                logger.exception("the check of engine %s failed", one.name)
+                self._court.see(one, living=False)
+                next_at = time.monotonic() + self._settings.interval_s
+            self._announce()
+            while time.monotonic() < next_at and self._goes_on(opening):
+                await one.rest_until(next_at)
+
+    def _goes_on(self, opening: _Opening) -> bool:
+        return not self._stopped and self._opening == opening
+
+    def _announce(self) -> None:
+        self._fleet.deliver()
+        for line in self._court.news():
+            logger.warning("%s", line)
+
+    async def _begin(self, one: _Watched, opening: _Opening) -> float:
+        """After a start, a pause or a resume: give when the first check is due. Everything is counted anew."""
+        self._court.drop(one.group)
+        one.course, one.attempts, one.group.said = Course(), 0, Server.UNKNOWN
+        if opening.at is None:
+            self._court.see(one, living=False)
+            while self._goes_on(opening):
+                await one.rest_until(math.inf)
+            return 0.0
+        self._present(one)
+        first_at = opening.at + random.uniform(0, self._settings.interval_s)
+        one.patience_until = first_at + self._settings.timeout_s
+        one.opening = opening
+        return first_at
+
+    async def _check(self, one: _Watched, opening: _Opening) -> float:
+        """Ask an actor how it is, and take in what it says; give when to look at it again."""
+        next_at = time.monotonic() + self._pause_s()
+        engine = self._present(one)
+        if engine is None or not ray.is_initialized():  # to call an actor, Ray would start a cluster of its own
+            self._look_for_end(one, opening)
+            return next_at
+        if one.outages_ended != self._court.outages_ended:
+            one.outages_ended, one.course = self._court.outages_ended, Course()
+        if one.probe is None:
+            one.probe = self._send(one, engine, opening)
+            one.patience_until = one.probe.sent_at + self._settings.timeout_s
+        probe = one.probe
+        if one.is_node_0 and self._settings.url is not None:
+            one.group.ask()
+        while not probe.answer.done() and time.monotonic() < one.patience_until and self._goes_on(opening):
+            await one.rest_until(one.patience_until)
+        if not probe.answer.done():
+            if self._goes_on(opening):
+                self._silent(one, engine, probe, opening)
+            return 0.0
+        one.probe = None
+        outcome = _outcome(probe, engine)
+        self._fleet.metrics.probed(engine.labels, outcome, time.monotonic() - probe.sent_at)
+        if outcome in _NOT_WELL and not (probe.opening == opening and self._goes_on(opening)):
+            return 0.0  # an engine that was put to sleep, or was about to be, may well refuse
+        next_at = max(time.monotonic(), probe.sent_at + self._pause_s())
+        if outcome is Outcome.SUCCEEDED:
+            await self._well(one, engine, probe, opening, next_at)
+        elif outcome is Outcome.METHOD_FAILED:
+            self._refused(one, engine, probe, opening)
+        elif outcome is Outcome.ACTOR_UNAVAILABLE:
+            return self._unavailable(one, engine, probe, opening)
+        else:
+            engine.observe(outcome, launches=False, submitted_at=probe.sent_at)
+            self._count(one, Check.DEAD if engine.state is EngineState.DEAD else Check.LOST)
+            self._present(one)
+            self._look_for_end(one, opening)
+        return next_at
+
+    def _present(self, one: _Watched) -> MonitoredEngine | None:
+        """The engine that has the name now, if it is at work."""
+        engine = self._fleet.engine(one.name)
+        if engine is not None and engine is not one.engine:
+            one.succeed(engine)
+            self._fleet.metrics.expect_checks(engine.labels)
+            self._court.drop(one.group)
+        if engine is None or engine is one.told or engine.is_launching or engine.state is EngineState.DEAD:
+            self._court.see(one, living=False)
+            return None
+        self._see(one, engine)
+        return engine
+
+    def _see(self, one: _Watched, engine: MonitoredEngine, heard_at: float | None = None) -> None:
+        state = engine.state
+        self._court.see(
+            one,
+            living=state is not EngineState.DEAD,
+            unavailable=state is EngineState.UNAVAILABLE,
+            heard_at=heard_at,
+        )
+
+    def _send(self, one: _Watched, engine: MonitoredEngine, opening: _Opening) -> _Asked:
+        method, timeout_s = self._settings.probe, self._settings.timeout_s
+        return _Asked(engine, method, timeout_s, opening, lambda: self._in_loop(one.ring))
+
+    def _silent(self, one: _Watched, engine: MonitoredEngine, probe: _Asked, opening: _Opening) -> None:
+        """No answer, for the timeout or for one interval more."""
+        now = time.monotonic()
+        if now - one.patience_until >= STALLED_S:
+            one.patience_until = now + self._settings.timeout_s
+            return
+        one.patience_until = now + self._pause_s()
+        says = one.group.opinion
+        if probe.is_behind_a_call() and says is not Server.FAILS:
+            self._count(one, Check.BUSY)
+            self._see(one, engine, heard_at=now)
+            return
+        self._count(one, Check.SILENT)
+        probe.counted = says is not Server.SERVES
+        engine.suspect(Reason.PROBE_TIMEOUT, probe.sent_at)
+        one.course.failed(Reason.PROBE_TIMEOUT, now, counts=probe.counted)
+        self._judge(one, engine, opening)
+
+    def _refused(self, one: _Watched, engine: MonitoredEngine, probe: _Asked, opening: _Opening) -> None:
+        """The actor says that all is not well."""
+        one.attempts = 0
+        self._count(one, Check.FAILED)
+        if probe.counted:
+            one.course.cause = Reason.PROBE_FAILED  # for its silence; the answer is not a failure more
+        else:
+            engine.suspect(Reason.PROBE_FAILED, probe.sent_at)
+            one.course.failed(Reason.PROBE_FAILED, time.monotonic(), counts=True)
+        self._judge(one, engine, opening)
+
+    def _unavailable(self, one: _Watched, engine: MonitoredEngine, probe: _Asked, opening: _Opening) -> float:
+        """The connection to the actor broke. It is tried again by the policy; give when."""
+        now, policy = time.monotonic(), self._fleet.policy
+        self._count(one, Check.UNAVAILABLE)
+        engine.observe(Outcome.ACTOR_UNAVAILABLE, launches=False, submitted_at=probe.sent_at)
+        one.course.failed(Reason.ACTOR_UNAVAILABLE, now, counts=False)
+        self._judge(one, engine, opening)
+        one.attempts += 1
+        next_at = now + min(policy.pause_s(one.attempts), self._settings.interval_s)
+        ends_at = (one.course.since or now) + policy.budget_s
+        return min(next_at, ends_at) if now < ends_at else next_at
+
+    async def _well(
+        self, one: _Watched, engine: MonitoredEngine, probe: _Asked, opening: _Opening, next_at: float
+    ) -> None:
+        """The actor says that all is well. What its server says counts for node 0, whose server it is."""
+        group, asks = one.group, one.is_node_0 and self._settings.url is not None
+        if not asks or group.said is not Server.FAILS:
+            self._recovered(one, engine, probe)
+            self._announce()
+        while asks and group.is_asking and time.monotonic() < next_at and self._goes_on(opening):
+            await one.rest_until(next_at)
+        self._count(one, Check.ANSWERED)
+        if not asks or not self._goes_on(opening):
+            return
+        if group.opinion is Server.FAILS:
+            engine.suspect(Reason.PROBE_FAILED, probe.sent_at)
+            one.course.failed(Reason.PROBE_FAILED, time.monotonic(), counts=True)
+            self._judge(one, engine, opening)
+        elif group.said is not Server.FAILS:
+            self._recovered(one, engine, probe)
+        else:
+            self._see(one, engine, heard_at=time.monotonic())  # its server failed, and has not answered since
+
+    def _recovered(self, one: _Watched, engine: MonitoredEngine, probe: _Asked) -> None:
+        one.course, one.attempts = Course(), 0
+        engine.observe(Outcome.SUCCEEDED, launches=False, submitted_at=probe.sent_at, probed=True)
+        if all(member.course.since is None for member in one.group.members):
+            self._court.drop(one.group)
+        self._see(one, engine, heard_at=time.monotonic())
+
+    def _judge(self, one: _Watched, engine: MonitoredEngine, opening: _Opening) -> None:
+        """A check has failed: give the engine up, if that is due and nothing holds it."""
+        now, since = time.monotonic(), one.course.since
+        self._see(one, engine, heard_at=now)
+        is_due = one.course.is_due(self._settings.failure_threshold, self._fleet.policy.budget_s, now)
+        if since is None or not is_due:
+            return
+        with self._lock:  # there is no verdict once pause() has returned
+            if not self._goes_on(opening) or engine.state is not EngineState.UNAVAILABLE:
+                return
+            if self._court.rule(one.group, engine.name, since, now) is Ruling.GIVEN and engine.give_up():
+                self._see(one, engine)
+                self._pass_verdict(one, engine)
+
+    def _look_for_end(self, one: _Watched, opening: _Opening) -> None:
+        """Tell of an engine that was found dead, by whomever."""
+        engine = self._fleet.engine(one.name)
+        if engine is None or engine.state is not EngineState.DEAD or engine.reason is Reason.RELEASED:
+            return
+        with self._lock:
+            if engine is one.told or not self._goes_on(opening):
+                return
+            if engine.reason in GIVEN_UP:  # by who awaited its calls: its actor may live, and would be killed
+                ruling = self._court.rule(one.group, engine.name, -math.inf, time.monotonic())
+                if ruling is not Ruling.GIVEN:
+                    return
+            self._pass_verdict(one, engine)
+
+    def _pass_verdict(self, one: _Watched, engine: MonitoredEngine) -> None:
+        for member in one.group.members:
+            member.told = self._fleet.engine(member.name) or member.engine
+        self._court.drop(one.group)
+        engines = tuple(member.told for member in one.group.members if member.told is not None)
+        by_monitor = engine.reason in GIVEN_UP
+        self._verdicts.put(Verdict(engine, engines, engine.reason, by_monitor, one.course.cause, self._says(one)))
+
+    def _tell(self) -> None:
+        """Hand verdicts to the callback, in order."""
+        while (verdict := self._verdicts.get()) is not None:
+            if self._on_dead is None or self._stopped:
+                continue
+            try:
+                self._on_dead(verdict)
+            except BaseException:  # an exit, too, would only end this thread, and the next verdict waits
+                logger.exception("%r failed on the end of engine %s", self._on_dead, verdict.engine.name)
+                self._fleet.metrics.listener_failed(self._on_dead)
+
+    async def _ask_server(self, group: _Group) -> None:
+        """Have the second opinion on one engine, whenever a check of its node 0 wants it."""
+        node_0 = group.members[0]
+        while True:
+            await group.wanted.wait()
+            group.wanted.clear()
+            engine = node_0.engine
+            try:
+                self._learn_address(group, engine)
+                if group.address is not None:
+                    said = await ask(group.address, self._settings.timeout_s)
+                    group.said = said if engine is node_0.engine else Server.UNKNOWN
+            except Exception:  # of this library: the checks go on without it
+                logger.exception("the server of engine %s could not be asked", engine.name)
+                group.said = Server.UNKNOWN
+            group.is_asking = False
+            node_0.ring()
+
+    def _learn_address(self, group: _Group, engine: MonitoredEngine) -> None:
+        """Ask the actor for its server's address: once, and again while nothing serves there, as it may have moved."""
+        url = self._settings.url
+        assert url is not None
+        if group.address_of is not engine:
+            group.address_of, group.address, group.said, group.url = engine, None, Server.UNKNOWN, None
+            group.has_no_address = False
+        if group.url is None:
+            if not group.has_no_address and (group.address is None or group.said is Server.FAILS):
+                group.url = _Asked(engine, url, self._settings.timeout_s, self._opening, lambda: None)
+            return
+        if not group.url.answer.done():
+            return
+        answer, group.url = group.url.answer, None
+        failure = answer.exception()
+        if failure is not None and _says(failure, engine) is not Outcome.METHOD_FAILED:
+            return  # it did not arrive; the next check asks again
+        try:
+            group.address = Address(answer.result() if failure is None else failure)
+        except ValueError as error:
+            if group.address is None:
+                group.has_no_address = True
+                logger.warning("the server of engine %s is not asked, its %s() gave none: %s", engine.name, url, error)
+
+    def _pause_s(self) -> float:
+        return self._settings.interval_s * random.uniform(EARLIEST, 1.0)
+
+    def _count(self, one: _Watched, check: Check) -> None:
+        self._fleet.metrics.checked(one.engine.labels, check, self._says(one))
+
+    def _says(self, one: _Watched) -> Server:
+        return Server.NOT_ASKED if self._settings.url is None else one.group.opinion
+
+
+class _Opening(NamedTuple):
+    """A time in which probes are sent, from `at` on (monotonic); a pause, if that is None."""
+
+    number: int
+    at: float | None
+
+
+class _Group:
+    """The actors of one engine, and what its server says."""
+
+    def __init__(self, engines: Sequence[MonitoredEngine]) -> None:
+        self.members = [_Watched(engine, self) for engine in engines]
+        self.said = Server.UNKNOWN
+        self.is_asking = False
+        self.wanted = asyncio.Event()
+        self.address: Address | None = None
+        self.address_of: MonitoredEngine | None = None
+        """The engine that the four around this are of."""
+        self.url: _Asked | None = None
+        self.has_no_address = False
+
+    def ask(self) -> None:
+        """Have the server asked, unless it is being asked."""
+        if not self.is_asking:
+            self.is_asking = True
+            self.wanted.set()
+
+    @property
+    def opinion(self) -> Server:
+        """What the server said last. That it fails is held against it only until it is asked again."""
+        return Server.UNKNOWN if self.is_asking and self.said is Server.FAILS else self.said
+
+
+class _Watched:
+    """One watched name, and the actor that has it."""
+
+    def __init__(self, engine: MonitoredEngine, group: _Group) -> None:
+        self.name = engine.name
+        self.group = group
+        self.engine = engine
+        self.course = Course()
+        self.opening: _Opening | None = None
+        """The one that it has begun."""
+        self.outages_ended = 0
+        self.probe: _Asked | None = None
+        self.patience_until = 0.0
+        """When its silence is a failure, or one more."""
+        self.attempts = 0
+        """How many probes in a row found it unavailable."""
+        self.told: MonitoredEngine | None = None
+        """The incarnation whose end was told."""
+        self._bell: asyncio.Future[None] | None = None
+
+    @property
+    def is_node_0(self) -> bool:
+        """Whether the server is its own."""
+        return self.group.members[0] is self
+
+    def succeed(self, engine: MonitoredEngine) -> None:
+        """Another actor has the name."""
+        self.engine, self.course, self.probe, self.attempts = engine, Course(), None, 0
+
+    async def rest_until(self, at: float) -> None:
+        """Wait until `at`, or until something happens to it."""
+        loop = asyncio.get_running_loop()
+        self._bell = loop.create_future()
+        timer = None if at == math.inf else loop.call_later(max(0.0, at - time.monotonic()), self.ring)
+        try:
+            await self._bell
+        finally:
+            self._bell = None
+            if timer is not None:
+                timer.cancel()
+
+    def ring(self) -> None:
+        """Something happened to it."""
+        if self._bell is not None and not self._bell.done():
+            self._bell.set_result(None)
+
+
+class _Asked:
+    """One plain call to an actor, and its answer to come."""
+
+    def __init__(
+        self,
+        engine: MonitoredEngine,
+        method: str,
+        timeout_s: float,
+        opening: _Opening,
+        answered: Callable[[], object],
+    ) -> None:
+        self.opening = opening
+        self.counted = False
+        """Whether its silence was counted as a failure."""
+        self.sent_at = time.monotonic()
+        # An asyncio actor answers though a call is out.
+        self._ledger = None if _ray_handles.is_asyncio(engine.handle) else engine.ledger
+        self._calls_before = engine.ledger.calls
+        bound: ActorMethod = getattr(engine.handle, method)
+        signature = _ray_handles.signature(bound)
+        takes = () if signature is None else signature.parameters
+        timeout = {name: timeout_s for name in ("timeout", "timeout_s") if name in takes}
+        try:
+            # A retry of Ray's own would hide that the actor is unavailable.
+            ref = bound.options(max_task_retries=0, retry_exceptions=False).remote(**timeout)
+            self.answer: Future[Any] = ref.future()
+        except RayError as error:
+            self.answer = Future()
+            self.answer.set_exception(error)
+        self.answer.add_done_callback(lambda _: answered())
+
+    def is_behind_a_call(self) -> bool:
+        """Whether a call of this monitor's that was made before it is out, and may keep the actor from answering."""
+        return self._ledger is not None and self._ledger.is_open(below=self._calls_before)
+
+
+_NOT_WELL = (Outcome.METHOD_FAILED, Outcome.ACTOR_UNAVAILABLE)
+
+
+def _outcome(probe: _Asked, engine: MonitoredEngine) -> Outcome:
+    failure = probe.answer.exception()
+    if failure is not None:
+        return _says(failure, engine)
+    return Outcome.SUCCEEDED if probe.answer.result() else Outcome.METHOD_FAILED
+
+
+def _says(failure: BaseException, engine: MonitoredEngine) -> Outcome:
+    return classify(failure, engine.actor_id) if isinstance(failure, Exception) else Outcome.CALL_LOST

@@ -1,0 +1,90 @@
+"""The second opinion: what is made of real sockets that answer, refuse, are silent, or are none."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+
+import pytest
+
+from enginefsm.serving import Address, Server, ask
+
+
+def opinion(answer, path="", timeout_s=5.0):
+    """What is made of a server that sends `answer` and closes; None: it sends nothing. With what it was asked."""
+    asked = []
+
+    async def serve(reader, writer):
+        asked.append(await reader.readuntil(b"\r\n\r\n"))
+        if answer is not None:
+            writer.write(answer)
+            writer.close()
+
+    async def run():
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        try:
+            return await ask(Address(f"http://127.0.0.1:{port}{path}"), timeout_s)
+        finally:
+            server.close()
+
+    return asyncio.run(run()), b"".join(asked)
+
+
+def test_a_server_that_answers_200_serves():
+    said, asked = opinion(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+    assert said is Server.SERVES
+    assert asked.startswith(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1:")
+
+
+def test_health_is_asked_after_under_the_base_url():
+    assert opinion(b"HTTP/1.1 200 OK\r\n\r\n", path="/engine/")[1].startswith(b"GET /engine/health HTTP/1.1")
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 503 Service Unavailable\r\n\r\n", b"HTTP/1.1 302 Found\r\n\r\n",
+                                    b"", b"SSH-2.0-OpenSSH\r\n", b"x" * 200_000])  # fmt: skip
+def test_a_server_that_answers_anything_else_fails(answer):
+    assert opinion(answer)[0] is Server.FAILS
+
+
+def test_a_port_where_nothing_listens_fails():
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        assert asyncio.run(ask(Address(f"http://127.0.0.1:{held.getsockname()[1]}"), 5.0)) is Server.FAILS
+
+
+def test_a_silent_server_is_unknown_after_the_timeout():
+    began = time.monotonic()
+    assert opinion(None, timeout_s=0.2)[0] is Server.UNKNOWN
+    assert time.monotonic() - began < 2
+
+
+def test_a_server_that_does_not_accept_is_unknown():
+    with contextlib.ExitStack() as sockets:
+        full = sockets.enter_context(socket.socket())
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(4):
+            waiting = sockets.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        assert asyncio.run(ask(Address("http://127.0.0.1:%d" % full.getsockname()[1]), 0.2)) is Server.UNKNOWN
+
+
+def test_no_proxy_is_asked(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert opinion(b"HTTP/1.1 200 OK\r\n\r\n")[0] is Server.SERVES
+
+
+@pytest.mark.parametrize("url", [None, 8000, "", "127.0.0.1:8000", "https://127.0.0.1", "http://", "http://h:x"])
+def test_what_is_no_http_url_is_refused(url):
+    with pytest.raises(ValueError, match="URL|[Pp]ort"):
+        Address(url)
+
+
+def test_an_address_of_ipv6_is_understood():
+    address = Address("http://[::1]:30000")
+    assert (address.host, address.port) == ("::1", 30000)
+    assert b"Host: [::1]:30000\r\n" in address.request
