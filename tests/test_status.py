@@ -193,7 +193,8 @@ def test_a_cluster_without_a_hub_is_said_to_be_so(scene):
 def test_no_cluster_on_this_machine_is_said_to_be_so_and_none_is_started(tmp_path):
     # Ray looks in its temporary directory, and for processes of the machine, of which it is to see none here.
     (tmp_path / "sitecustomize.py").write_text(
-        "import ray._private.services as services\nservices.find_gcs_addresses = lambda: set()\n"
+        "import functools, ray._private.services as services\n"
+        "services.find_gcs_addresses = functools.cache(lambda: set())\n"
     )
     environ = {
         "ENGINEFSM_HUB_FILE_SD": str(tmp_path / "none"), "RAY_TMPDIR": str(tmp_path), "TMPDIR": str(tmp_path),
