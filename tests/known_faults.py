@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from standin_fleet import StandInFleet
 
-from enginefsm.export import Hub
+from enginefsm.export import Hub, hub
 from enginefsm.outcomes import Outcome
 from enginefsm.serving import Server
 from enginefsm.states import Reason
@@ -62,6 +62,7 @@ class Manager:
     """Two runs: `glm`, with faults, and `qwen`, that is up before its first scrape."""
 
     def __init__(self):
+        hub.SEND_TIMEOUT_S = 30.0  # a machine that is busy is not to add a failure of its own
         self.glm, self.qwen = StandInFleet("glm", [Hub()]), StandInFleet("qwen", [Hub()])
 
     def launch(self):

@@ -3,6 +3,7 @@
 import contextlib
 import ipaddress
 import itertools
+import json
 import os
 import pty
 import re
@@ -133,8 +134,12 @@ def test_the_default_run_comes_up_through_its_cuts_and_serves_metrics_meanwhile(
     assert not list(demo.tmp.iterdir())
 
 
-def test_a_kill_is_named_by_get_and_the_engine_comes_up_as_a_second_incarnation(start: Callable[..., Demo]) -> None:
-    demo = start("--faults", "cut,kill", "--engines", "3", "--seed", "5")
+def test_a_kill_is_named_by_get_and_the_engine_comes_up_as_a_second_incarnation(
+    start: Callable[..., Demo], tmp_path: Path
+) -> None:
+    events = tmp_path / "kept" / "events.jsonl"
+    events.parent.mkdir()
+    demo = start("--faults", "cut,kill", "--engines", "3", "--seed", "5", "--events", str(events))
     assert demo.finish() == cli.OK, demo.text
     plan = {each.name: each.faults for each in make_plan(names(3), [FaultKind.CUT, FaultKind.KILL], 5, (4.0, 5.5))}
     killed = next(name for name, faults in plan.items() if faults[0].kind is FaultKind.KILL)
@@ -149,6 +154,12 @@ def test_a_kill_is_named_by_get_and_the_engine_comes_up_as_a_second_incarnation(
         assert moments is not None
         assert len(moments[1].split(", ")) == len(faults)
     assert not demo.left()
+
+    log = [json.loads(line) for line in events.read_text().splitlines()]
+    assert (log[0]["kind"], log[0]["pid"], log[-1]["kind"]) == ("begin", demo.process.pid, "end")
+    lives = [(line["to"], line["incarnation"]) for line in log if line.get("engine") == killed and "to" in line]
+    assert lives == [("launching", 1), ("dead", 1), ("launching", 2), ("ready", 2)]
+    assert cli.main(["report", str(events), "-o", str(events.with_suffix(".html"))]) == cli.OK
 
 
 def test_frozen_engines_come_up_without_being_touched(start: Callable[..., Demo]) -> None:
@@ -317,6 +328,8 @@ def run_cli(*arguments: str) -> int:
         (["--engine", "sglang", "--model", "/no/such/model"], "/no/such/model is not the directory of a model"),
         (["--model", "/tmp"], "--model is for --engine sglang"),
         (["--metrics-port", "65536"], "from 0 to 65535, not 65536"),
+        (["--events", "/no/such/log"], "--events: /no/such/log cannot be written: No such file or directory"),
+        (["--events", "/tmp"], "--events: /tmp cannot be written: Is a directory"),
         (["--seed", "a"], "invalid int value: 'a'"),
         (["--what"], "unrecognized arguments: --what"),
     ],

@@ -530,46 +530,39 @@ sys.exit(3)
 """
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        {"freeze": False, "pause_s": 0, "by_exit": False},
-        {"freeze": False, "pause_s": 0.05, "by_exit": False},
-        {"freeze": True, "pause_s": 1, "by_exit": False},
-        {"freeze": True, "pause_s": 1, "by_exit": True},
-    ],
-    ids=["shut down at once", "shut down while the hub starts", "shut down, hub frozen", "exit, hub frozen"],
-)
-def test_neither_ray_s_shutdown_nor_the_process_s_end_is_harmed_by_a_hub_that_starts_or_hangs(case, tmp_path):
-    # Ray ends the process of a thread that calls it while it is shut down, with another exit code.
-    done = tmp_path / "done"
+ENDS = {
+    "shut down at once": {"freeze": False, "pause_s": 0, "by_exit": False},
+    "shut down while the hub starts": {"freeze": False, "pause_s": 0.05, "by_exit": False},
+    "shut down, hub frozen": {"freeze": True, "pause_s": 1, "by_exit": False},
+    "exit, hub frozen": {"freeze": True, "pause_s": 1, "by_exit": True},
+}
+
+
+@pytest.fixture(scope="module")
+def ending(tmp_path_factory):
+    """A process for each of `ENDS`, side by side, each with a cluster of its own; and the file that it leaves."""
     path = f"{Path(enginefsm.__file__).parents[1]}:{HERE}"
-    code = SCRIPT.format(here=str(HERE), path=path, done=str(done), **case)
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    started = {}
+    for name, case in ENDS.items():
+        done = tmp_path_factory.mktemp("ending") / "done"
+        code = SCRIPT.format(here=str(HERE), path=path, done=str(done), **case)
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        started[name] = process, done
+    yield started
+    for process, _ in started.values():
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_neither_ray_s_shutdown_nor_the_process_s_end_is_harmed_by_a_hub_that_starts_or_hangs(name, ending):
+    # Ray ends the process of a thread that calls it while it is shut down, with another exit code.
+    process, done = ending[name]
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 3, output
     assert done.exists(), output
-
-
-def test_after_ray_s_shutdown_the_process_s_monitor_begins_anew(clusters, tmp_path, monkeypatch):
-    path = f"{Path(enginefsm.__file__).parents[1]}:{HERE}"
-    monkeypatch.setenv("ENGINEFSM_EXPORT", "hub")
-    monkeypatch.setenv("ENGINEFSM_HUB_FILE_SD", str(tmp_path / "sd.json"))
-    enginefsm.configure("twice")
-    try:
-        for attempt in range(2):
-            clusters.use(PYTHONPATH=path, ENGINEFSM_TEST_ATTEMPT=str(attempt))
-            engine = enginefsm.adopt(bare_handle(), name="one")
-            assert engine.incarnation == 1
-            assert enginefsm.default_monitor().flush(30)
-            (run,) = read_fleet()["runs"]
-            assert (run["run"], len(run["engines"])) == ("twice", 1)
-            clusters.close()
-            assert enginefsm.default_monitor().closed
-    finally:
-        enginefsm.configure(export=())
 
 
 def test_the_hub_and_status_follow_a_launch_by_its_stages(place, tmp_path):
@@ -647,3 +640,22 @@ def test_scrapes_and_reports_do_not_wait_for_one_another(place):
     for text in (texts[0], texts[len(texts) // 2], texts[-1]):
         assert text.count(b"\nenginefsm_engine_info{") == 1000
         assert text.endswith(b"\n")
+
+
+def test_after_ray_s_shutdown_the_process_s_monitor_begins_anew(clusters, tmp_path, monkeypatch):
+    path = f"{Path(enginefsm.__file__).parents[1]}:{HERE}"
+    monkeypatch.setenv("ENGINEFSM_EXPORT", "hub")
+    monkeypatch.setenv("ENGINEFSM_HUB_FILE_SD", str(tmp_path / "sd.json"))
+    enginefsm.configure("twice")
+    try:
+        for _ in range(2):
+            clusters.use(PYTHONPATH=path)
+            engine = enginefsm.adopt(bare_handle(), name="one")
+            assert engine.incarnation == 1
+            assert enginefsm.default_monitor().flush(30)
+            (run,) = read_fleet()["runs"]
+            assert (run["run"], len(run["engines"])) == ("twice", 1)
+            clusters.close()
+            assert enginefsm.default_monitor().closed
+    finally:
+        enginefsm.configure(export=())

@@ -11,8 +11,10 @@ import time
 from html import unescape
 
 import pytest
+from bare_handles import bare_handle
 
-from enginefsm import cli
+from enginefsm import CallOutcome, EngineMonitor, Outcome, Reason, cli
+from enginefsm.export import EventLog
 from enginefsm.report.axis import ticks
 
 START_S = 1763833000.0
@@ -20,7 +22,7 @@ HOSTILE = """<script>document.title='taken'</script>"><img src=x onerror="docume
 
 
 class Log:
-    """Writes the lines that the exporter writes (tests/test_export.py holds it to that format)."""
+    """Writes lines as `EventLog` does."""
 
     def __init__(self, run="glm", manager="m1", start_s=START_S):
         self.about = {"run": run, "manager": manager}
@@ -85,6 +87,20 @@ def report(tmp_path, capfd):
         return tmp_path / name, said
 
     return run
+
+
+def test_the_log_of_these_tests_has_the_fields_that_the_exporter_writes(tmp_path):
+    monitor = EngineMonitor("glm", export=[EventLog(tmp_path / "log")])
+    engine = monitor.adopt(bare_handle(), name="e")
+    monitor._events.append(CallOutcome("e", {}, "init", Outcome.ACTOR_DIED, 0, 1.5, False, 1, 100.0))
+    engine.step(Reason.ACTOR_DIED)
+    monitor._deliver()
+    monitor.close()
+    exported = map(json.loads, (tmp_path / "log").read_text().splitlines())
+    written = map(json.loads, Log().begin().killed("e").add("end", 20).text().splitlines())
+    of_exported, of_written = ({line["kind"]: set(line) for line in lines} for lines in (exported, written))
+    assert of_written == of_exported
+    assert set(of_exported) == {"begin", "transition", "outcome", "end"}
 
 
 def in_chromium(page, tmp_path, script=""):
@@ -377,8 +393,10 @@ def test_the_trace_is_in_the_format_that_perfetto_and_chrome_open(report):
     assert slices["e-1"] == [
         ("launching", 0, 4_000_000), ("unavailable", 4_000_000, 5_000_000), ("ready", 9_000_000, 11_000_000)
     ]  # fmt: skip
-    (launching, ready) = slices[HOSTILE]
-    assert ready[2] == 1, "the log ends as it becomes ready: a slice of no length is drawn below the one before it"
+    ready = slices[HOSTILE][-1]
+    assert (ready[0], ready[2]) == ("ready", 1), (
+        "the log ends as it becomes ready: a slice of no length is drawn below the one before it"
+    )
     for of in slices.values():  # those of a thread may not overlap but by nesting
         for (_, start, length), (_, following, _) in itertools.pairwise(of):
             assert start + length <= following

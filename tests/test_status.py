@@ -192,18 +192,20 @@ def test_a_cluster_without_a_hub_is_said_to_be_so(scene):
 
 def test_no_cluster_on_this_machine_is_said_to_be_so_and_none_is_started(tmp_path):
     # Ray looks in its temporary directory, and for processes of the machine, of which it is to see none here.
-    environ = {"ENGINEFSM_HUB_FILE_SD": str(tmp_path / "none"), "RAY_TMPDIR": str(tmp_path), "TMPDIR": str(tmp_path)}
-    code = (
-        "import functools, runpy, sys; import ray._private.services as services; "
-        "services.find_gcs_addresses = functools.cache(lambda: set()); "
-        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import functools, ray._private.services as services\n"
+        "services.find_gcs_addresses = functools.cache(lambda: set())\n"
     )
-    child = Path(enginefsm.__file__).parent / "children" / "hub_reader.py"
+    environ = {
+        "ENGINEFSM_HUB_FILE_SD": str(tmp_path / "none"), "RAY_TMPDIR": str(tmp_path), "TMPDIR": str(tmp_path),
+        "PYTHONPATH": f"{tmp_path}:{Path(enginefsm.__file__).parents[1]}",
+    }  # fmt: skip
     ran = subprocess.run(
-        [sys.executable, "-c", code, child, "auto", hub.NAME, hub.NAMESPACE], input="", capture_output=True, text=True,
-        timeout=TIMEOUT_S, check=False, env={**os.environ, **environ},
+        [*COMMAND, "status"], capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
+        env={**os.environ, **environ},
     )  # fmt: skip
-    assert list(json.loads(ran.stdout)) == ["no_cluster"], ran.stderr
+    assert (ran.returncode, ran.stdout) == (cli.FAILED, "")
+    assert re.fullmatch(r"enginefsm status: .*no Ray cluster.*\n", ran.stderr)
     assert not list(tmp_path.glob("**/gcs_server*"))
 
 

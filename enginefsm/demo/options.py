@@ -61,6 +61,11 @@ class Options:
             )
         if not 0 <= self.metrics_port <= 65535:
             raise DemoError(f"--metrics-port: from 0 to 65535, not {self.metrics_port}")
+        if self.events is not None:
+            try:
+                self.events.open("ab").close()
+            except OSError as error:
+                raise DemoError(f"--events: {self.events} cannot be written: {error.strerror}") from None
         self._check_model()
         need_gb, free_gb = self.engines * _MEMORY_GB[self.engine], psutil.virtual_memory().available / 2**30
         if need_gb > free_gb:
