@@ -9,7 +9,7 @@ from enginefsm.order import natural
 from enginefsm.report.axis import ticks
 from enginefsm.report.history import Life, Manager, Mark, Run, Span
 from enginefsm.states import EngineState, Reason
-from enginefsm.status.words import duration
+from enginefsm.times import duration
 
 _FEW = 40
 """Engines above which the rows are low."""
