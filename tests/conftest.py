@@ -44,6 +44,12 @@ def clusters():
     kept.close()
 
 
+@pytest.fixture(scope="module")
+def nothing_else_below_this_process(clusters):
+    """For tests that look at all processes that they have started: none is a cluster's."""
+    clusters.close()
+
+
 @pytest.fixture
 def cluster(clusters):
     """Ray as it comes."""

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
+from engines import wait_until
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, WorkerCrashedError
 
 from enginefsm import chaos
@@ -103,13 +104,6 @@ class Manager:
             return "unavailable"
 
 
-def until(condition: Callable[[], object], within_s: float = 20.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
-
-
 def is_stopped(pid: int) -> bool:
     return psutil.Process(pid).status() == psutil.STATUS_STOPPED
 
@@ -146,7 +140,7 @@ def test_a_cut_connection_makes_the_running_call_unavailable_and_leaves_the_meth
     engine, pid = start(Engine)
     started, release = tmp_path / "started", tmp_path / "release"
     call = engine.init.remote(started, release)
-    until(started.exists)
+    wait_until(started.exists)
 
     assert chaos.cut(pid) >= 1
 
@@ -163,7 +157,7 @@ def test_two_other_processes_are_cut_from_outside_and_only_from_one_another(star
     manager, manager_pid = start(Manager)
     started, release = tmp_path / "started", tmp_path / "release"
     through_the_manager = manager.init.remote(engine, started, release)
-    until(started.exists)
+    wait_until(started.exists)
     straight_from_here = engine.times_init_ended.remote()
 
     pids = (engine_pid, manager_pid) if engine_first else (manager_pid, engine_pid)
@@ -239,7 +233,7 @@ def test_a_frozen_process_can_be_cut(start):
     with socket.create_connection(address, timeout=10) as ours:
         assert_echoes(ours)
         with chaos.freeze(pid):
-            until(lambda: is_stopped(pid))
+            wait_until(lambda: is_stopped(pid))
 
             assert chaos.cut(pid) >= 1
 
@@ -302,7 +296,7 @@ def test_a_process_that_dies_midway_has_nothing_cut(start, monkeypatch):
         if process == engine_pid:
             seen.extend(each for each in found if each[1] in theirs)
             chaos.kill(engine_pid)
-            until(lambda: not psutil.pid_exists(engine_pid))
+            wait_until(lambda: not psutil.pid_exists(engine_pid))
         return found
 
     monkeypatch.setattr(chaos, "_connections", look_and_kill)
@@ -316,7 +310,7 @@ def test_a_process_that_dies_midway_has_nothing_cut(start, monkeypatch):
 def test_a_killed_engine_is_dead(start, tmp_path):
     engine, pid = start(Engine)
     call = engine.init.remote(tmp_path / "started", tmp_path / "never")
-    until((tmp_path / "started").exists)
+    wait_until((tmp_path / "started").exists)
 
     chaos.kill(pid)
 
@@ -337,7 +331,7 @@ def test_an_engine_can_be_killed_while_its_constructor_runs(chaos_cluster, tmp_p
             pass
 
     engine = ray.remote(num_cpus=0)(Slow).remote()
-    until(note.exists)
+    wait_until(note.exists)
     pid = int(note.read_text())
     assert title(pid).endswith("Slow.__init__")
 
@@ -365,7 +359,7 @@ def test_a_manager_that_is_a_task_can_be_killed(chaos_cluster, tmp_path):
         threading.Event().wait()
 
     task = ray.remote(num_cpus=0, max_retries=0)(manage).remote()
-    until(note.exists)
+    wait_until(note.exists)
 
     chaos.kill(int(note.read_text()))
 
@@ -392,7 +386,7 @@ def test_a_freeze_ends_by_itself_after_its_time(start):
     engine, pid = start(Engine)
     begun = time.monotonic()
     chaos.freeze(pid, for_s=2)
-    until(lambda: is_stopped(pid), within_s=1.5)
+    wait_until(lambda: is_stopped(pid), timeout_s=1.5)
 
     assert ray.get(engine.pid.remote(), timeout=30) == pid
     assert time.monotonic() - begun >= 2
@@ -403,12 +397,12 @@ def test_a_freeze_ends_with_its_block_whatever_happens_there(start):
 
     def fail_once_it_is_frozen() -> None:
         with chaos.freeze(pid):
-            until(lambda: is_stopped(pid))
+            wait_until(lambda: is_stopped(pid))
             raise KeyError
 
     with pytest.raises(KeyError):
         fail_once_it_is_frozen()
-    until(lambda: not is_stopped(pid))
+    wait_until(lambda: not is_stopped(pid))
 
 
 def test_a_freeze_ends_with_the_process_that_asked_for_it(start):
@@ -427,9 +421,9 @@ def test_a_freeze_ends_with_the_process_that_asked_for_it(start):
 def test_thawing_twice_or_after_the_end_of_the_process_does_nothing(start):
     engine, pid = start(Engine)
     freeze = chaos.freeze(pid)
-    until(lambda: is_stopped(pid))
+    wait_until(lambda: is_stopped(pid))
     chaos.kill(pid)
-    until(lambda: not psutil.pid_exists(pid))
+    wait_until(lambda: not psutil.pid_exists(pid))
     descriptor = Path(f"/proc/self/fd/{freeze._pidfd}")
     assert "pidfd" in os.readlink(descriptor)
 
@@ -552,7 +546,7 @@ def part_of_ray(name: str) -> int:
                 found.append(process.pid)
         return bool(found)
 
-    until(find)
+    wait_until(find)
     return found[0]
 
 
@@ -576,7 +570,7 @@ def test_rays_own_processes_are_refused(chaos_cluster, name):
 
 def test_an_idle_worker_is_refused(chaos_cluster):
     pid = ray.get(ray.remote(lambda: os.getpid()).remote())
-    until(lambda: title(pid) == "ray::IDLE")
+    wait_until(lambda: title(pid) == "ray::IDLE")
     assert_refused(pid, "'ray::IDLE'")
     assert not is_stopped(pid)
 
@@ -646,7 +640,7 @@ def test_a_ray_that_runs_below_an_actor_keeps_its_own_processes(start):
 
     job, pid = start(Job)
     ray.get(job.launch.remote())
-    until(lambda: titles_below(pid) == ["/opt/ray/raylet", "sleep"])
+    wait_until(lambda: titles_below(pid) == ["/opt/ray/raylet", "sleep"])
     raylet, below = psutil.Process(pid).children(recursive=True)
     try:
         assert_refused(raylet.pid, "'/opt/ray/raylet'")

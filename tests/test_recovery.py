@@ -284,14 +284,21 @@ def test_a_plain_launch_reference_is_asked_after_by_the_probe(fleet):
     assert rig.engine.state is READY
 
 
-def test_a_probe_that_says_not_yet_is_asked_again_and_may_be_a_function(fleet):
-    rig = fleet.launch(max_concurrency=2, adopt={"probe": lambda engine: (engine.directory / "ended").exists()})
+@pytest.mark.parametrize(
+    "probe",
+    [
+        pytest.param(lambda engine: (engine.directory / "ended").exists(), id="says so"),
+        pytest.param(lambda engine: (engine.directory / "ended").stat(), id="raises"),
+    ],
+)
+def test_a_probe_may_be_a_function_and_is_asked_again_while_it_says_not_yet_or_raises(fleet, probe):
+    rig = fleet.launch(max_concurrency=2, adopt={"probe": probe})
     launch = fleet.in_background(rig.engine.handle.init.remote())
     rig.wait_for("begun")
     rig.cut()
     fleet.wait_for(lambda: (UNAVAILABLE, LAUNCHING, Reason.ACTOR_REACHABLE) in fleet.steps(rig.engine))
     rig.open()
-    assert launch.result(60) is True
+    assert launch.result(60)
     assert rig.engine.state is READY
     assert rig.times_init_began() == 1
 
@@ -322,17 +329,6 @@ def test_a_probe_goes_on_after_a_get_that_timed_out_and_for_several_waiters(flee
     launches = [fleet.in_background([ref, ref]) for _ in range(2)]
     rig.open()
     assert [launch.result(60) for launch in launches] == [[True, True]] * 2
-    assert rig.engine.state is READY
-
-
-def test_a_probe_that_raises_says_not_yet(fleet):
-    rig = fleet.launch(max_concurrency=2, adopt={"probe": lambda engine: (engine.directory / "ended").stat()})
-    launch = fleet.in_background(rig.engine.handle.init.remote())
-    rig.wait_for("begun")
-    rig.cut()
-    fleet.wait_for(lambda: (UNAVAILABLE, LAUNCHING, Reason.ACTOR_REACHABLE) in fleet.steps(rig.engine))
-    rig.open()
-    assert launch.result(60)
     assert rig.engine.state is READY
 
 

@@ -16,10 +16,11 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
+from engines import wait_until
+from processes import is_gone
 
 from enginefsm.server import ServerRequestError, ServerStartError
 from enginefsm.standin import StandInEngine
@@ -27,24 +28,7 @@ from enginefsm.standin import StandInEngine
 MakeEngine = Callable[..., StandInEngine]
 
 
-def wait_until(condition: Callable[[], object], within_s: float = 20.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, f"did not come true within {within_s} s"
-        time.sleep(0.01)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _nothing_else_below_this_process(clusters: Any) -> None:
-    clusters.close()
-
-
-def is_gone(process: psutil.Process) -> bool:
-    """Ended, whether or not somebody has reaped it."""
-    try:
-        return process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
+pytestmark = pytest.mark.usefixtures("nothing_else_below_this_process")
 
 
 def servers(under: psutil.Process | None = None) -> list[psutil.Process]:

@@ -3,36 +3,17 @@
 import subprocess
 import sys
 import textwrap
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
+from engines import wait_until
+from processes import is_gone
 
 from enginefsm.server import ServerRequestError, ServerStartError
 from enginefsm.sglang import CPU_ENV, SGLangEngine, cpu_server_args
 
-
-def wait_until(condition: Callable[[], object], within_s: float) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, f"did not come true within {within_s} s"
-        time.sleep(0.05)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _nothing_else_below_this_process(clusters: Any) -> None:
-    clusters.close()
-
-
-def is_gone(process: psutil.Process) -> bool:
-    """Ended, whether or not somebody has reaped it."""
-    try:
-        return process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
+pytestmark = pytest.mark.usefixtures("nothing_else_below_this_process")
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +58,10 @@ def test_a_server_killed_with_its_owner_while_it_loads_leaves_no_process(model: 
             return len(processes) >= 4  # the keeper, the server, a scheduler, a detokenizer
 
         try:
-            wait_until(has_started_its_own, within_s=120)
+            wait_until(has_started_its_own, timeout_s=120)
         finally:
             owner.kill()
-    wait_until(lambda: all(is_gone(process) for process in processes), within_s=20)
+    wait_until(lambda: all(is_gone(process) for process in processes), timeout_s=20)
 
 
 @pytest.mark.timeout(300)

@@ -26,7 +26,8 @@ import enginefsm
 from enginefsm import EngineMonitor, cli
 from enginefsm.export import Hub, HubSettings, hub
 from enginefsm.status import HubReader, NothingToSeeError
-from enginefsm.status.words import changes, duration, lines
+from enginefsm.status.words import changes, lines
+from enginefsm.times import duration
 
 HERE = Path(__file__).parent
 COMMAND = [sys.executable, "-m", "enginefsm.cli"]

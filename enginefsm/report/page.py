@@ -14,7 +14,7 @@ from enginefsm.order import natural
 from enginefsm.report.history import Life, Manager, Run
 from enginefsm.report.timeline import timeline
 from enginefsm.states import EngineState
-from enginefsm.status.words import duration
+from enginefsm.times import duration
 
 _SLOWEST = 10
 _NAMED = 5

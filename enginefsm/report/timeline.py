@@ -9,7 +9,7 @@ from enginefsm.order import natural
 from enginefsm.report.axis import ticks
 from enginefsm.report.history import Life, Manager, Mark, Run, Span
 from enginefsm.states import EngineState, Reason
-from enginefsm.status.words import duration
+from enginefsm.times import duration
 
 _FEW = 40
 """Engines above which the rows are low."""
@@ -34,19 +34,11 @@ def timeline(run: Run, manager_text: Callable[[Manager], str]) -> Iterator[str]:
     yield '<h3>Timeline <span class="faint shown"></span></h3>\n'
     yield from _legend(size)
     yield f'<div class="timeline {size}" data-zoom="1"><div class="lanes"><div class="grid"><svg>'
-    for zoom in _ZOOMS:
-        yield f'<g class="ticks z{zoom}">'
-        for tick in ticks(length_s, _TICKS * zoom):
-            at = _percent(tick.at_s, length_s)
-            yield f'<line x1="{at}" x2="{at}" y1="0" y2="100%"/>'
-        yield "</g>"
+    yield from _ticks(length_s, lambda at, _: f'<line x1="{at}" x2="{at}" y1="0" y2="100%"/>')
     yield '</svg></div>\n<div class="row axis"><div class="label">since the first launch</div><svg>'
-    for zoom in _ZOOMS:
-        yield f'<g class="ticks z{zoom}">'
-        for tick in ticks(length_s, _TICKS * zoom):
-            at = _percent(tick.at_s, length_s)
-            yield f'<line x1="{at}" x2="{at}" y1="22" y2="28"/><text x="{at}" y="17">{tick.text}</text>'
-        yield "</g>"
+    yield from _ticks(
+        length_s, lambda at, text: f'<line x1="{at}" x2="{at}" y1="22" y2="28"/><text x="{at}" y="17">{text}</text>'
+    )
     yield "</svg></div>\n"
     for manager in run.managers:
         if run.managers[1:]:
@@ -60,6 +52,14 @@ def timeline(run: Run, manager_text: Callable[[Manager], str]) -> Iterator[str]:
                 yield from _life(life, start_s, length_s, size)
             yield "</svg></div>\n"
     yield "</div></div>\n"
+
+
+def _ticks(length_s: float, drawn: Callable[[str, str], str]) -> Iterator[str]:
+    """The axis's ticks for each zoom; `drawn` gives one, from where it is and what it says."""
+    for zoom in _ZOOMS:
+        yield f'<g class="ticks z{zoom}">'
+        yield from (drawn(_percent(tick.at_s, length_s), tick.text) for tick in ticks(length_s, _TICKS * zoom))
+        yield "</g>"
 
 
 def _legend(size: str) -> Iterator[str]:

@@ -11,8 +11,9 @@ from rich.text import Text
 
 from enginefsm.states import EngineState
 from enginefsm.status.finding import FleetJson
-from enginefsm.status.words import duration, printable, reason, run_name, summary, title
+from enginefsm.status.words import printable, reason, run_name, summary, title
 from enginefsm.tables import STYLES, Column, engine_table, what_fits
+from enginefsm.times import duration
 
 _COLUMNS: tuple[Column, ...] = (
     ("engine", "left", 3),

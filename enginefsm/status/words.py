@@ -7,6 +7,7 @@ from typing import Any
 
 from enginefsm.states import EngineState, why
 from enginefsm.status.finding import FleetJson
+from enginefsm.times import duration
 
 URGENCY = (EngineState.DEAD, EngineState.UNAVAILABLE, EngineState.LAUNCHING, EngineState.READY)
 Key = tuple[str, str, str, str]
@@ -15,18 +16,6 @@ Key = tuple[str, str, str, str]
 def printable(text: str) -> str:
     """The text without what a terminal would obey."""
     return text if text.isprintable() else "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
-
-
-def duration(seconds: float) -> str:
-    """A time in two units at most: `4.2 s`, `3 min 20 s`, `5 h 2 min`, `3 d 4 h`."""
-    if seconds < 60:
-        return f"{max(0.0, seconds):.1f} s"
-    whole = int(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    if whole < 86400:
-        return f"{whole // 3600} h {whole % 3600 // 60} min"
-    return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
 def title(engine: Mapping[str, Any]) -> str:
