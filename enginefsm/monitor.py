@@ -124,7 +124,7 @@ class EngineMonitor:
                 self._engines.pop(namesake.actor_id, None)
             self._events.append(record.first_step())
         self.metrics.expect_calls(texts, launch)
-        self._deliver_aside_on_loop()
+        self._deliver_here_or_aside()
         return engine
 
     def release(self, engine: MonitoredEngine) -> None:
@@ -138,7 +138,7 @@ class EngineMonitor:
                 del self._engines[engine.actor_id]
             if self._by_name.get(engine.name) is engine:
                 del self._by_name[engine.name]
-        self._deliver_aside_on_loop()
+        self._deliver_here_or_aside()
 
     def engines(self) -> list[MonitoredEngine]:
         """The engines of this monitor, the dead included, but for those released or replaced."""
@@ -285,12 +285,13 @@ class EngineMonitor:
         for role, method in (("launch method", launch), ("probe", probe)):
             if not isinstance(method, str):
                 continue
-            if not hasattr(handle, method):
+            found = getattr(handle, method, None)
+            if found is None:
                 known = ", ".join(sorted(m for m in dir(handle) if not m.startswith("_")))
                 raise ValueError(f"{handle!r} has no method {method!r} to be its {role}; it has: {known}")
             if hasattr(MonitoredEngine, method):
                 raise ValueError(f"{method!r} cannot be the {role}: a MonitoredEngine has that name for itself")
-            if not _ray_handles.is_plain(getattr(handle, method), {}):
+            if not _ray_handles.is_plain(found, {}):
                 raise ValueError(f"{method!r} cannot be the {role}: it does not return one plain value")
         taken = _RESERVED_LABELS.intersection(labels)
         if taken:
@@ -320,12 +321,13 @@ class EngineMonitor:
         if self._events:
             self._delivering.ask(self._deliver_patiently)
 
-    def _deliver_aside_on_loop(self) -> None:
-        """Hand the events to the listeners; by another thread, if an event loop would stand still meanwhile."""
-        if asyncio._get_running_loop() is None:
+    def _deliver_here_or_aside(self) -> None:
+        """Hand the events to the listeners; if this is an event loop's thread, have another do so in the next turn."""
+        loop = asyncio._get_running_loop()
+        if loop is None:
             self._deliver()
         else:
-            self._deliver_aside()
+            loop.call_soon(self._deliver_aside)
 
     def _deliver(self, patience_s: float = 0.0) -> None:
         """Hand the events to the listeners; if another thread is at it, leave them to it, or wait for it so long."""
