@@ -146,7 +146,7 @@ class EngineMonitor:
                 self._engines.pop(namesake.actor_id, None)
             self._events.append(record.first_step())
         self.metrics.expect_calls(texts, launch)
-        self._deliver_aside_on_loop()
+        self._deliver_here_or_aside()
         return engine
 
     def release(self, engine: MonitoredEngine) -> None:
@@ -161,7 +161,7 @@ class EngineMonitor:
             if self._by_name.get(engine.name) is engine:
                 del self._by_name[engine.name]
                 self._released[engine.name] = engine.lineage_after()
-        self._deliver_aside_on_loop()
+        self._deliver_here_or_aside()
 
     def may_restart(self, name: str) -> bool:
         """Whether `restart_cap` allows the engine of that name, dead or about to be, one more restart now.
@@ -431,12 +431,13 @@ class EngineMonitor:
         if self._events:
             self._delivering.ask(self._deliver_patiently)
 
-    def _deliver_aside_on_loop(self) -> None:
-        """Hand the events to the listeners; by another thread, if an event loop would stand still meanwhile."""
-        if asyncio._get_running_loop() is None:
+    def _deliver_here_or_aside(self) -> None:
+        """Hand the events to the listeners; if this is an event loop's thread, have another do so in the next turn."""
+        loop = asyncio._get_running_loop()
+        if loop is None:
             self._deliver()
         else:
-            self._deliver_aside()
+            loop.call_soon(self._deliver_aside)
 
     def _deliver(self, patience_s: float = 0.0) -> None:
         """Hand the events to the listeners; if another thread is at it, leave them to it, or wait for it so long."""

@@ -174,7 +174,7 @@ class AsyncEngine(Engine):
         return ref[0]
 
     async def fail_as_a_loop_that_goes_on(self):
-        """Raise what a background loop has passed on, which has the loop's frame in its traceback; see that it lives."""
+        """Raise what a background loop has passed on, which has that loop's frame in its traceback."""
         passed, beats = asyncio.get_running_loop().create_future(), []
 
         async def loop():
@@ -194,6 +194,10 @@ class AsyncEngine(Engine):
         before = getattr(self, "beats", 0)
         await asyncio.sleep(0.1)
         return self.beats > before and not self.loop.done()
+
+
+class AsyncWithoutEnginefsm(AsyncEngine, WithoutEnginefsm):
+    """An asyncio engine whose interpreter cannot import enginefsm."""
 
 
 class GroupedAsync(AsyncEngine):

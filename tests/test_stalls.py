@@ -1,0 +1,56 @@
+"""An embedder's event loop is not kept from running: 256 engines, without Ray, whose own costs are not ours."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+import uvloop
+from stalls import ENGINES, FrozenHub, given_up, measured, recovered
+
+import enginefsm
+from enginefsm import EngineState, RetryExhaustedError, RetryPolicy
+
+TURN_S = 0.020
+LAG_S = 0.300  # on a machine that is busy with other tests; what blocks here would block for 500 ms at the least
+
+LOOPS = pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+WAYS = pytest.mark.parametrize("together", [True, False], ids=["gather", "await each"])
+
+
+@pytest.fixture
+def hub():
+    hub = FrozenHub()
+    yield hub
+    hub.thawed.set()
+
+
+@LOOPS
+@WAYS
+def test_many_engines_are_adopted_cut_off_and_recovered_without_a_stall(new_loop, together):
+    slow = []
+
+    def listener(event):
+        if not slow:
+            slow.append(event)
+            time.sleep(0.5)
+
+    monitor = enginefsm.EngineMonitor(policy=RetryPolicy(cap_s=0.5), listeners=[listener])
+    values, turns = measured(recovered(monitor, together), new_loop)
+    assert values == list(range(ENGINES))
+    assert {engine.state for engine in monitor.engines()} == {EngineState.READY}
+    assert turns.longest_s < TURN_S
+    assert turns.lag_s < LAG_S
+
+
+@LOOPS
+@WAYS
+def test_many_engines_are_given_up_with_a_frozen_hub_without_a_stall(new_loop, together, hub):
+    monitor = enginefsm.EngineMonitor(policy=RetryPolicy(max_attempts=0), export=[hub])
+    (errors, took_s), turns = measured(given_up(monitor, together), new_loop)
+    assert {type(error) for error in errors} == {RetryExhaustedError}
+    assert {engine.state for engine in monitor.engines()} == {EngineState.DEAD}
+    assert 1 < took_s < 5, "the hub is to be waited for, by all at once"
+    assert turns.longest_s < TURN_S
+    assert turns.lag_s < LAG_S
