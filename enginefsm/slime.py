@@ -126,7 +126,7 @@ class RolloutHealthMonitor:
         servers = self._servers()
         if not servers:
             return False
-        self._watch = servers[0][0].owner.watch(
+        self._watch = _monitor_of(servers[0][0]).watch(
             servers,
             interval_s=self._interval_s,
             timeout_s=self._timeout_s,
@@ -175,21 +175,21 @@ class RolloutHealthMonitor:
     def _end_dead(self, _: Verdict | None = None) -> None:
         """End what is left of the engines that are dead, and free their places."""
         with self._ending:
-            for server in self._servers():
-                if any(one.state is EngineState.DEAD for one in server):
-                    self._end(server)
+            dead = [server for server in self._servers() if any(one.state is EngineState.DEAD for one in server)]
+            _shut_down([engine for server in dead for engine in server])
+            for server in dead:
+                self._end(server)
 
     def _end(self, server: list[MonitoredEngine]) -> None:
-        logger.warning("engine %s is ended: %s", server[0].name, ", ".join(one.describe() for one in server))
-        _shut_down(server)
         for engine in server:
             ray.kill(engine.handle)
         self._forget(server[0])
         slots = self._group.all_engines
         for engine in server:
             if engine.state is not EngineState.DEAD:
-                engine.owner.release(engine)
+                _monitor_of(engine).release(engine)
             slots[slots.index(engine)] = None
+            logger.warning("engine %s is ended, its place free: %s", engine.name, engine.describe())
 
     def _forget(self, engine: MonitoredEngine) -> None:
         """Have the router forget an engine's server, if it lists it still."""
@@ -206,11 +206,16 @@ class RolloutHealthMonitor:
             logger.warning("engine %s: the router may still list %s: %s", engine.name, found[ref], error)
 
 
+def _monitor_of(engine: MonitoredEngine) -> EngineMonitor:
+    assert isinstance(engine.owner, EngineMonitor)
+    return engine.owner
+
+
 def _shut_down(engines: list[MonitoredEngine]) -> None:
     """Have those engines shut down that can: an actor that is gone, frozen or busy gets no more calls."""
-    asked = {engine.handle.__ray_ready__.remote(): engine for engine in engines}
+    asked: dict[ObjectRef[Any], MonitoredEngine] = {engine.handle.__ray_ready__.remote(): engine for engine in engines}
     answering = [asked[ref] for ref in _values(asked, PING_TIMEOUT_S)]
-    leaving = {engine.handle.shutdown.remote(): engine for engine in answering}
+    leaving: dict[ObjectRef[Any], MonitoredEngine] = {engine.handle.shutdown.remote(): engine for engine in answering}
     left = [leaving[ref] for ref in _values(leaving, SHUTDOWN_TIMEOUT_S)]
     for engine in answering:
         if engine not in left:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import psutil
@@ -20,17 +21,24 @@ class Rollout:
     def __init__(self, directory, hold=(), **args):
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
+        self.begun_before = {}  # of each step that is held: how often it had begun
         for step, ranks in hold:
             self.hold(step, ranks)
         self.args = Args(directory=str(directory), **args)
         self.threads = ThreadPoolExecutor()
         self.actors = self.args.nodes_per_engine * (self.args.rollout_num_engines + self.args.num_encoders)
         self.pg = ray.util.placement_group([{"CPU": 0.01}] * self.actors) if self.actors else None
-        self.monitor = enginefsm.EngineMonitor("slime", enginefsm.RetryPolicy(budget_s=60, cap_s=2))
+        self.hops = []  # the states of the manager, as this process sees it
+        policy = enginefsm.RetryPolicy(budget_s=60, cap_s=2)
+        self.monitor = enginefsm.EngineMonitor("slime", policy, listeners=[self._listen])
         indices = list(range(self.actors))
         handle = ray.remote(RolloutManager).options(num_cpus=0.01).remote(self.args, (self.pg, indices, indices))
         self.manager = self.monitor.adopt(handle, name="rollout_manager", launch="__ray_ready__")
         self.ready = self.call("__ray_ready__")
+
+    def _listen(self, event):
+        if isinstance(event, enginefsm.Transition):
+            self.hops.append(str(event.to_state))
 
     def call(self, method, *args, **kwargs):
         """Call the manager as train.py does, in the background: gives a future."""
@@ -59,10 +67,12 @@ class Rollout:
     def hold(self, step, ranks):
         """Engines of these ranks that begin `step` stay in it until they are let go."""
         for rank in ranks:
+            self.begun_before.setdefault((step, rank), len(self.begun(step, rank)))
             self.path(f"hold.{step}.{rank}").touch()
 
     def let_go(self, step, ranks):
         for rank in ranks:
+            del self.begun_before[step, rank]
             self.path(f"hold.{step}.{rank}").unlink()
 
     def wait_for(self, condition, what):
@@ -88,31 +98,60 @@ class Rollout:
         """How often the engines of that rank came to a state."""
         return sum(name.endswith(f"/{rank}") and to == state for name, _, _, to, _ in self.steps(of))
 
-    def cut_during(self, step, ranks, start=None, waiter="manager"):
+    def cut_during(self, step, ranks, start=None, waiter="manager", freeze_s=None):
         """Break each engine's connection while it is waited for in `step`, and see that noticed where it is waited for.
 
-        `start` begins the wait, and gives a future of it; without it, the step was held before it could begin, and
-        may have begun. Each engine's step begins once.
+        `start` begins the wait, and gives a future of it, and the step begins once; without it, the step comes by
+        itself, and may be held already. With `freeze_s`, the actors are frozen for so long instead.
         """
         told = {"manager": "steps", "trainer": "trainer.steps"}[waiter]
         peer = int(self.path(f"{waiter}.pid").read_text()) if start else None
-        before = {
-            rank: (len(self.begun(step, rank)) if start else 0, self.times("unavailable", rank, told)) for rank in ranks
-        }
         self.hold(step, ranks)
+        before = {rank: (self.begun_before[step, rank], self.times("unavailable", rank, told)) for rank in ranks}
         waiting = start() if start else None
         for rank, (begun, _) in before.items():
-            self.wait_for(lambda r=rank, n=begun: len(self.begun(step, r)) > n, what=f"{step} of {rank}")
-            self.cut(self.pid(rank), peer)
-        for rank, (_, lost) in before.items():
-            wait_until(
-                lambda r=rank, n=lost: self.times("unavailable", r, told) > n, what=f"the loss of {rank} in {step}"
+            self.wait_for(lambda r=rank, n=begun: len(self.begun(step, r)) > n, f"{step} of {rank}")
+            if freeze_s is None:
+                self.cut(self.pid(rank), peer)
+            else:
+                chaos.freeze(self.pid(rank), freeze_s)
+        for rank, (_, lost) in before.items() if freeze_s is None else ():
+            self.wait_for(
+                lambda r=rank, n=lost: self.times("unavailable", r, told) > n, f"the loss of {rank} in {step}"
             )
         self.let_go(step, ranks)
         result = waiting.result(120) if waiting else None
         for rank, (begun, _) in before.items() if waiting else ():
             assert len(self.begun(step, rank)) == begun + 1, f"{step} of {rank} ran more than once"
         return result
+
+    def cut_off_the_driver(self):
+        """The manager hop: the driver's connection to the manager breaks while the manager waits for an engine."""
+        before, lost = len(self.begun("check_weights", 0)), self.hops.count("unavailable")
+        self.hold("check_weights", [0])
+        checked = self.call("check_weights", "snapshot")
+        self.wait_for(lambda: len(self.begun("check_weights", 0)) > before, "the wait")
+        self.cut(self.manager_pid, os.getpid())
+        self.wait_for(lambda: self.hops.count("unavailable") > lost, "the notice of the cut")
+        self.let_go("check_weights", [0])
+        result = checked.result(60)
+        assert len(self.begun("check_weights", 0)) == before + 1
+        return result
+
+    def replace_cut_off(self, rank, killed):
+        """Recover an engine that `killed` ended, each wait of the recovery cut off."""
+        before = len(self.begun("constructor", rank))
+        killed()
+        self.wait_for_free(rank)
+        waits = ["ports", "init", "offload", "onload"]
+        for step in waits:
+            self.hold(step, [rank])
+        recovered = self.call("recover_updatable_engines")
+        self.wait_for(lambda: len(self.begun("constructor", rank)) > before, "the replacement")
+        for step in waits:
+            self.cut_during(step, [rank])
+        recovered.result(60)
+        assert len(self.begun("constructor", rank)) == before + 1
 
     def server_pid(self, rank):
         """The server below an engine's actor."""

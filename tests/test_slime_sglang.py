@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import psutil
 import pytest
 import ray
 from engines import wait_until
 from rollouts import Rollout
 
-from enginefsm import EngineState, chaos
+from enginefsm import chaos
 from enginefsm.sglang import CPU_ENV, cpu_server_args
 from enginefsm.tiny_model import make_tiny_model
 
@@ -46,7 +44,7 @@ def test_real_engines_come_up_serve_and_are_replaced_once_whatever_is_cut_off_fr
             rollout.cut_during(step, [0, 1], lambda m=method, a=argument: rollout.call(m, *a))
         snapshots = rollout.cut_during("check_weights", [0, 1], lambda: rollout.call("check_weights", "snapshot"))
         assert [snapshot["success"] for snapshot in snapshots] == [True, True]
-        cut_off_the_driver(rollout)
+        assert [snapshot["success"] for snapshot in rollout.cut_off_the_driver()] == [True, True]
 
         trainer = rollout.trainer()
         update = lambda: rollout.threads.submit(ray.get, trainer.update_weights.remote(model, "7"))  # noqa: E731
@@ -85,16 +83,3 @@ def test_real_engines_come_up_serve_and_are_replaced_once_whatever_is_cut_off_fr
         rollout.close()
     _, alive = psutil.wait_procs(processes, timeout=30)
     assert alive == []
-
-
-def cut_off_the_driver(rollout):
-    """The manager hop: the connection to the manager breaks while it waits for engines."""
-    before = len(rollout.begun("check_weights", 0))
-    rollout.hold("check_weights", [0])
-    checked = rollout.call("check_weights", "snapshot")
-    wait_until(lambda: len(rollout.begun("check_weights", 0)) > before)
-    rollout.cut(rollout.manager_pid, os.getpid())
-    wait_until(lambda: rollout.manager.state is EngineState.UNAVAILABLE, what="the notice of the cut")
-    rollout.let_go("check_weights", [0])
-    assert [one["success"] for one in checked.result(60)] == [True, True]
-    assert len(rollout.begun("check_weights", 0)) == before + 1

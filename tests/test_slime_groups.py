@@ -1,0 +1,171 @@
+"""What slime's groups may hold when they are adopted and watched, and what is refused. On a real Ray, no faults."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import ray
+
+import enginefsm
+from enginefsm import EngineState, slime
+
+
+class Plain:
+    """An engine with those methods of slime's that a group's monitor needs."""
+
+    def init(self):
+        return "launched"
+
+    def health_generate(self, timeout=5.0):
+        return True
+
+    def get_url(self):
+        return None
+
+    def shutdown(self):
+        return None
+
+
+@pytest.fixture
+def monitor():
+    return enginefsm.EngineMonitor("test")
+
+
+@pytest.fixture
+def group(cluster):
+    """A group of two engines, as slime's ServerGroup has them."""
+    made = SimpleNamespace(
+        all_engines=[start(), start()], rank_offset=4, worker_type="decode", nodes_per_engine=1,
+        model_path="/root/Qwen3-4B/", pg=None, router_ip=None, router_port=None,
+    )  # fmt: skip
+    yield made
+    for held in made.all_engines:
+        if held is not None:
+            ray.kill(getattr(held, "handle", held))
+
+
+def start():
+    return ray.remote(num_cpus=0)(Plain).remote()
+
+
+ARGS = SimpleNamespace(
+    rollout_health_check_interval=0.2, rollout_health_check_timeout=5.0, rollout_health_check_first_wait=0.0
+)
+
+
+def test_a_group_is_adopted_in_place_and_only_the_new_are_given(group, monitor):
+    adopted = slime.adopt_group(group, monitor=monitor)
+    assert [(rank, engine.name) for rank, engine in adopted] == [(4, "Qwen3-4B/decode/4"), (5, "Qwen3-4B/decode/5")]
+    assert [engine for _, engine in adopted] == group.all_engines
+    assert dict(adopted[0][1].labels) == {"model": "Qwen3-4B", "worker_type": "decode", "node": ""}
+    assert slime.adopt_group(group, monitor=monitor) == []
+    group.all_engines[1] = None
+    assert slime.adopt_group(group, monitor=monitor) == []
+
+
+def test_a_group_takes_the_model_that_it_is_given_or_the_default(group, monitor):
+    slime.adopt_group(group, model="actor", monitor=monitor)
+    assert [engine.name for engine in group.all_engines] == ["actor/decode/4", "actor/decode/5"]
+    group.model_path, group.all_engines[0] = None, start()
+    assert [engine.name for _, engine in slime.adopt_group(group, monitor=monitor)] == ["default/decode/4"]
+
+
+def test_an_actor_that_was_put_in_the_place_of_another_is_its_next_incarnation(group, monitor):
+    slime.adopt_group(group, monitor=monitor)
+    old = group.all_engines[0]
+    ray.kill(old.handle)
+    group.all_engines[0] = start()
+    ((rank, engine),) = slime.adopt_group(group, monitor=monitor)
+    assert (rank, engine.name, engine.incarnation) == (4, old.name, 2)
+    assert old.state is EngineState.DEAD
+
+
+def test_nodes_that_are_not_told_in_time_cost_a_label_and_no_more(group, monitor, monkeypatch):
+    monkeypatch.setattr(slime, "NODES_TIMEOUT_S", 0.2)
+    told = threading.Event()
+    monkeypatch.setattr(ray.util, "placement_group_table", lambda _: told.wait(30))
+    group.pg, group.gpu_offset, group.num_gpus_per_engine = (object(), [0, 1], ["0", "1"]), 0, 1
+    group.args = SimpleNamespace(num_gpus_per_node=1)
+    began = time.monotonic()
+    try:
+        adopted = slime.adopt_group(group, monitor=monitor)
+    finally:
+        told.set()
+    assert time.monotonic() - began < 10
+    assert [engine.labels["node"] for _, engine in adopted] == ["", ""]
+
+
+def test_a_placeholder_group_has_nothing_to_adopt(monitor):
+    placeholder = SimpleNamespace(all_engines=[], rank_offset=0, worker_type="placeholder")
+    assert slime.adopt_group(placeholder, monitor=monitor) == []
+
+
+def test_what_is_no_group_is_refused_and_named(cluster, monitor):
+    with pytest.raises(TypeError, match=r"takes slime's ServerGroup, and this SimpleNamespace has no all_engines"):
+        slime.adopt_group(SimpleNamespace(engines=[]), monitor=monitor)
+    with pytest.raises(TypeError, match="is no list, but a tuple"):
+        slime.adopt_group(SimpleNamespace(all_engines=(), rank_offset=0, worker_type="regular"), monitor=monitor)
+    with pytest.raises(TypeError, match=r"all_engines\[1\] is no actor's handle, but a str"):
+        slime.adopt_group(
+            SimpleNamespace(all_engines=[None, "engine"], rank_offset=0, worker_type="regular"), monitor=monitor
+        )
+    with pytest.raises(TypeError, match="has no all_engines"):
+        slime.RolloutHealthMonitor(object(), ARGS)
+
+
+def test_engines_of_another_process_are_named_by_their_places(group, monitor):
+    first, second = group.all_engines
+    engines = slime.adopt_engines([first, second], monitor=monitor)
+    assert [engine.name for engine in engines] == ["default/regular/0", "default/regular/1"]
+    assert monitor.get([engine.get_url.remote() for engine in engines]) == [None, None]
+    again = slime.adopt_engines([first, group.all_engines.append(start()) or group.all_engines[-1]], monitor=monitor)
+    assert again[0] is engines[0]
+    assert (again[1].name, again[1].incarnation) == ("default/regular/1", 2)
+
+
+def test_a_health_monitor_is_driven_as_slimes_is(group, monitor):
+    health = slime.RolloutHealthMonitor(group, ARGS)
+    health.pause()
+    health.resume()
+    health.stop()
+    assert not health.is_checking_enabled()
+    with pytest.raises(TypeError, match=r"all_engines\[0\] is not adopted: call enginefsm.slime.adopt_group"):
+        health.start()
+    slime.adopt_group(group, monitor=monitor)
+    assert health.start()
+    assert health.start()
+    assert not health.is_checking_enabled()
+    health.resume()
+    assert health.is_checking_enabled()
+    health.pause()
+    assert not health.is_checking_enabled()
+    health.stop()
+    health.stop()
+    assert not health.is_checking_enabled()
+    assert health.start()
+    health.stop()
+
+
+def test_a_health_monitor_without_engines_says_so(monitor):
+    empty = SimpleNamespace(all_engines=[], rank_offset=0, worker_type="regular")
+    assert not slime.RolloutHealthMonitor(empty, ARGS).start()
+    empty.all_engines = [None, None]
+    assert not slime.RolloutHealthMonitor(empty, ARGS).start()
+
+
+def test_a_pause_ends_an_engine_that_is_known_to_be_dead(group, monitor):
+    slime.adopt_group(group, monitor=monitor)
+    monitor.get([engine.init.remote() for engine in group.all_engines])
+    health = slime.RolloutHealthMonitor(group, ARGS)
+    assert health.start()
+    engine = group.all_engines[1]
+    ray.kill(engine.handle)
+    with pytest.raises(ray.exceptions.ActorDiedError):
+        monitor.get(engine.get_url.remote())
+    health.pause()
+    assert group.all_engines[0].state is EngineState.READY
+    assert group.all_engines[1] is None
+    health.stop()
