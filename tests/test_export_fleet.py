@@ -65,7 +65,7 @@ class Manager:
             "seq": next(self.seq) if seq is None else seq, "full": names is None,
             "rows": [row(engine.snapshot()) for engine in present if engine is not None],
             "gone": [name for name in names or () if self.monitor.engine(name) is None],
-            "counts": counts(self.monitor.metrics.collect_counts()),
+            "counts": counts(self.monitor.metrics.collect_counts()), "held": self.held,
             "job": self.job, "started_s": 900.0, "heartbeat_s": self.clock.now, "stopped_s": self.stopped_s,
             "host": "h", "pid": 1, "version": "0.1.0", "ray_version": "2.60.0",
         }  # fmt: skip
