@@ -295,7 +295,7 @@ class EngineMonitor:
             TypeError, ValueError: An argument makes no sense, an engine is not of this monitor, or is watched already,
                 or has no such method. Nothing is watched then.
         """
-        groups = [[one] if isinstance(one, MonitoredEngine) else list(one) for one in engines]
+        groups = [list(one) if isinstance(one, Sequence) else [one] for one in engines]
         settings = Settings(probe, interval_s, timeout_s, failure_threshold, first_wait_s, url)
         self._check_watched(groups, settings, on_dead)
         fleet = Fleet(self.engine, self.policy, self.metrics, self._court, self._deliver)
