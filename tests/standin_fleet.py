@@ -9,6 +9,7 @@ import time
 from enginefsm.engine import EngineSnapshot
 from enginefsm.events import CallOutcome
 from enginefsm.export import Exports
+from enginefsm.launching import LaunchStages
 from enginefsm.metrics import FleetMetrics
 from enginefsm.outcomes import Outcome
 from enginefsm.states import EngineRecord, EngineState, Reason
@@ -16,6 +17,8 @@ from enginefsm.states import EngineRecord, EngineState, Reason
 
 class StandIn:
     """What metrics and exporters ask of an engine."""
+
+    stage = None  # Ray is not asked: there is no actor
 
     def __init__(self, name, labels, incarnation, launched_s_ago, out_s_ago):
         out_since = None if out_s_ago is None else time.monotonic() - out_s_ago
@@ -27,7 +30,7 @@ class StandIn:
         one = self.record
         return EngineSnapshot(
             one.name, one.labels, one.incarnation, f"{one.name}-{one.incarnation}", EngineState(one.state), one.reason,
-            one.since_epoch_s, dict(one.spent), one.ever_ready,
+            one.since_epoch_s, dict(one.spent), one.ever_ready, stage=None, past=(),
         )  # fmt: skip
 
 
@@ -40,6 +43,10 @@ class StandInFleet:
         self._engines = {}
         self.metrics = FleetMetrics(run, self.engines, lambda: self.held)
         self._exports = Exports(exporters, self)
+
+    @property
+    def stages(self):
+        return LaunchStages(list)
 
     def engines(self):
         return list(self._engines.values())

@@ -72,7 +72,7 @@ class Engine:
     def snapshot(self):
         return EngineSnapshot(
             self.name, self.labels, self.incarnation, self.actor_id, self.state, self.reason, self.state_since, {},
-            self.ever_ready,
+            self.ever_ready, stage=None, past=(),
         )  # fmt: skip
 
 
