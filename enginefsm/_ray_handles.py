@@ -41,7 +41,9 @@ def creations(handles: Iterable[ActorHandle[Any]], timeout_s: float) -> dict[str
     or Ray has no way to ask it. To be called on a thread without an event loop.
     """
     client = getattr(ray._private.worker.global_worker, "gcs_client", None)  # none before ray.init, and after shutdown
-    if client is None:
+    # Of Ray's ways to the GCS this is the one that keeps a timeout: ray._private.state waits for ever.
+    get_actors = getattr(client, "async_get_all_actor_info", None)
+    if get_actors is None:
         return None
     jobs = {handle._ray_actor_id.job_id for handle in handles}
     # By state, for the GCS keeps the dead as well, up to 100,000 of them. An actor that moves on meanwhile is found in
@@ -49,11 +51,7 @@ def creations(handles: Iterable[ActorHandle[Any]], timeout_s: float) -> dict[str
     wanted = [(job, state) for job in jobs for state in ("DEPENDENCIES_UNREADY", "PENDING_CREATION", "ALIVE")]
 
     async def ask() -> list[Mapping[Any, ActorTableData]]:
-        # Of Ray's ways to the GCS this is the one that keeps a timeout: ray._private.state waits for ever.
-        answers = (
-            client.async_get_all_actor_info(job_id=job, actor_state_name=state, timeout=timeout_s)
-            for job, state in wanted
-        )
+        answers = (get_actors(job_id=job, actor_state_name=state, timeout=timeout_s) for job, state in wanted)
         return list(await asyncio.gather(*answers))
 
     loop = asyncio.new_event_loop()

@@ -133,7 +133,6 @@ def test_a_gcs_that_does_not_answer_keeps_nobody_and_is_asked_again_when_it_does
     call = rig.engine.init.remote()
     say_when_asked(fleet.monitor, call, "waiting for resources")
     gcs = gcs_of_this_cluster()
-    wait_until(lambda: time.monotonic() - fleet.monitor.stages._asked_at > 1)
     os.kill(gcs, signal.SIGSTOP)
     try:
         took_s, said = [], []
@@ -147,7 +146,7 @@ def test_a_gcs_that_does_not_answer_keeps_nobody_and_is_asked_again_when_it_does
     finally:
         os.kill(gcs, signal.SIGCONT)
     assert max(took_s) < 1
-    assert sum(took > 0.1 for took in took_s) <= 3, "it was asked too often while it did not answer"
+    assert sum(took > 0.3 for took in took_s) <= 3, "it was asked too often while it did not answer"
     assert "launching (launched); launching" in said[-1]
     say_when_asked(fleet.monitor, call, "waiting for resources")
 
