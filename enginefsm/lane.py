@@ -44,7 +44,8 @@ class Lane:
             await asyncio.wait([answer], timeout=patience_s)
             return answer.result() if answer.done() else None
         finally:
-            answer.cancel()
+            if not answer.cancel() and not answer.cancelled():
+                answer.exception()  # looked at, though the asker was cancelled meanwhile
 
     def _put(self, act: Callable[[], Any]) -> list[tuple[asyncio.AbstractEventLoop, asyncio.Future[Any]]]:
         if not self._is_running:

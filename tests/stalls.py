@@ -90,6 +90,7 @@ def measured(scene, new_loop):
 async def recovered(monitor, together, engines=ENGINES):
     """Engines are adopted, all cut off at once, awaited by another who gives up, and back; the values."""
     adopt_all, handles = adopt(monitor, [f"engine-{n}" for n in range(engines)])
+    await asyncio.sleep(0)
     adopted = adopt_all()
     await asyncio.sleep(0)  # what a submission costs is Ray's for the most part, and is not measured with it
     calls = [call(engine) for engine in adopted]
@@ -108,6 +109,7 @@ async def recovered(monitor, together, engines=ENGINES):
 async def given_up(monitor, together, engines=ENGINES):
     """Engines whose bounds are spent at once; the exceptions, and the seconds until all were raised."""
     adopt_all, handles = adopt(monitor, [f"engine-{n}" for n in range(engines)])
+    await asyncio.sleep(0)
     adopted = adopt_all()
     await asyncio.sleep(0)
     calls = [call(engine) for engine in adopted]

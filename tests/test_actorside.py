@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
+import functools
 import gc
 import json
 import pickle
@@ -20,7 +22,7 @@ from bare_handles import recording_engine
 from ray import cloudpickle
 
 from enginefsm import _actorside
-from enginefsm._actorside import DROPPED, RESTARTED, SHELF, enter, run_once
+from enginefsm._actorside import DROPPED, RESTARTED, SHELF, enter, run_once, run_once_on_loop
 from enginefsm.calls import Arguments, Call
 
 TIMEOUT_S = 10
@@ -427,6 +429,138 @@ def test_threads_that_come_to_a_new_actor_at_once_run_every_call_once(engine, th
     for values in zip(*given, strict=True):
         assert len(set(values) - {None}) == 1  # an attempt that was overtaken gives None
     assert None not in given[-1]
+
+
+# --- on event loops ---
+
+
+class LoopEngine:
+    """The instance that an asyncio actor would be."""
+
+    def __init__(self):
+        self.runs = []
+        self.begun = asyncio.Event()
+        self.gate = asyncio.Event()
+
+    async def hold(self, error=None):
+        self.runs.append("hold")
+        self.begun.set()
+        await self.gate.wait()
+        if error is not None:
+            raise error
+        return "held"
+
+    async def fail(self, gone):
+        local = Value()
+        gone.append(weakref.ref(local))
+        raise ValueError("no")
+
+    def sync(self):
+        return threading.current_thread()
+
+
+def loop_call(actor, method, *args, number=0, attempt=0, settled=(0, ())):
+    header = ("me", number, attempt, False, settled, method, ())
+    return asyncio.ensure_future(run_once_on_loop(book_of(actor), header, *args))
+
+
+def on_loop(scene):
+    """A test that is a coroutine, given an engine."""
+
+    @functools.wraps(scene)
+    def test():
+        async def run():
+            await asyncio.wait_for(scene(LoopEngine()), TIMEOUT_S)
+
+        asyncio.run(run())
+
+    del test.__wrapped__  # pytest would take its parameter for a fixture
+    return test
+
+
+@on_loop
+async def test_on_a_loop_attempts_wait_for_the_one_run_and_of_several_only_the_newest(engine):
+    first = loop_call(engine, "hold")
+    await engine.begun.wait()
+    waiting = [loop_call(engine, "hold", attempt=attempt) for attempt in (1, 2, 3)]
+    assert [await waiting[0], await waiting[1]] == [None, None]  # while the method runs
+    assert not waiting[2].done()
+    engine.gate.set()
+    assert [await first, await waiting[2], await loop_call(engine, "hold", attempt=4)] == ["held"] * 3
+    assert engine.runs == ["hold"]
+
+
+@on_loop
+async def test_on_a_loop_an_exception_reaches_the_attempt_that_waits(engine):
+    error = ValueError("no")
+    first = loop_call(engine, "hold", error)
+    await engine.begun.wait()
+    second = loop_call(engine, "hold", error, attempt=1)
+    await asyncio.sleep(0)
+    engine.gate.set()
+    assert await asyncio.gather(first, second, return_exceptions=True) == [error, error]
+
+
+@on_loop
+async def test_on_a_loop_a_method_that_is_no_coroutine_runs_on_it(engine):
+    assert await loop_call(engine, "sync") is threading.current_thread()
+
+
+@on_loop
+async def test_on_a_loop_what_a_coroutine_had_in_hand_is_let_go_with_its_exception(engine):
+    gone = []
+    for attempt in range(2):
+        with pytest.raises(ValueError, match="no"):
+            await loop_call(engine, "fail", gone, attempt=attempt)
+    gc.collect()
+    assert [value() for value in gone] == [None]
+
+
+@on_loop
+async def test_cancelling_the_newest_attempt_cancels_the_run_and_an_older_one_does_not(engine):
+    first = loop_call(engine, "hold")
+    await engine.begun.wait()
+    second, third = (loop_call(engine, "hold", attempt=attempt) for attempt in (1, 2))
+    await asyncio.sleep(0)
+    second.cancel()
+    await asyncio.sleep(0.01)
+    assert not first.done()
+    third.cancel()
+    outcomes = await asyncio.gather(first, second, third, return_exceptions=True)
+    assert [type(each) for each in outcomes] == [asyncio.CancelledError] * 3
+    with pytest.raises(asyncio.CancelledError):
+        await loop_call(engine, "hold", attempt=3)
+    assert engine.runs == ["hold"]
+
+
+@on_loop
+async def test_on_a_loop_an_attempt_that_waits_for_a_call_that_is_given_up_waits_no_longer(engine):
+    first = loop_call(engine, "hold")
+    await engine.begun.wait()
+    waiting = loop_call(engine, "hold", attempt=1)
+    await asyncio.sleep(0)
+    await loop_call(engine, "sync", number=1, settled=(1, ()))
+    assert await waiting is None
+    engine.gate.set()
+    assert await first == "held"
+
+
+@on_loop
+async def test_loops_in_several_threads_run_a_call_once(engine):
+    async def elsewhere(attempt):
+        return await loop_call(engine, "hold", attempt=attempt)
+
+    first = loop_call(engine, "hold")
+    await engine.begun.wait()
+    waiting = asyncio.ensure_future(asyncio.to_thread(asyncio.run, elsewhere(1)))
+    changed = book_of(engine)["changed"]
+    while not any(entry[-2] for entry in book_of(engine)["callers"]["me"]["calls"].values()):
+        await asyncio.sleep(0.001)
+    with changed:
+        assert not waiting.done()
+    engine.gate.set()
+    assert [await first, await waiting] == ["held", "held"]
+    assert engine.runs == ["hold"]
 
 
 class Copied:
