@@ -198,7 +198,10 @@ class RolloutHealthMonitor:
         if host is None or port is None or ref is None or asked is not engine:
             return
         found = _values([ref], 0)
-        if not found or found[ref] is None:
+        if ref not in found:
+            logger.warning("engine %s has not told its URL: the router may still list it", engine.name)
+            return
+        if found[ref] is None:
             return
         try:
             remove_worker(host, port, found[ref], ROUTER_TIMEOUT_S)

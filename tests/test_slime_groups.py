@@ -86,7 +86,12 @@ def test_an_actor_that_was_put_in_the_place_of_another_is_its_next_incarnation(g
 def test_nodes_that_are_not_told_in_time_cost_a_label_and_no_more(group, monitor, monkeypatch):
     monkeypatch.setattr(slime, "NODES_TIMEOUT_S", 0.2)
     told = threading.Event()
-    monkeypatch.setattr(ray.util, "placement_group_table", lambda _: told.wait(30))
+
+    def table(_):
+        told.wait(30)
+        return {"bundles_to_node_id": {}}
+
+    monkeypatch.setattr(ray.util, "placement_group_table", table)
     group.pg, group.gpu_offset, group.num_gpus_per_engine = (object(), [0, 1], ["0", "1"]), 0, 1
     group.args = SimpleNamespace(num_gpus_per_node=1)
     began = time.monotonic()
