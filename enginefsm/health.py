@@ -162,7 +162,8 @@ class HealthMonitor:
     def stop(self, timeout_s: float = STOP_S) -> None:
         """End for good: afterwards nothing is probed, and no callback begins. Stopping twice does nothing.
 
-        A callback that runs is waited for, `timeout_s` seconds at most, unless it is that one that calls.
+        A callback that runs is waited for, `timeout_s` seconds at most; not where it is the one that calls, nor on an
+        event loop, which is kept from nothing.
         """
         with self._lock:
             is_first, self._stopped = not self._stopped, True
@@ -170,7 +171,7 @@ class HealthMonitor:
             _ends.forget(self.stop)
             self._in_loop(self._ring_all)
             self._verdicts.put(None)
-        until = time.monotonic() + timeout_s
+        until = time.monotonic() + (0.0 if _is_on_a_loop() else timeout_s)
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(max(0.0, until - time.monotonic()))
@@ -602,6 +603,14 @@ class _Asked:
 
 
 _NOT_WELL = (Outcome.METHOD_FAILED, Outcome.ACTOR_UNAVAILABLE)
+
+
+def _is_on_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _outcome(probe: _Asked, engine: MonitoredEngine) -> Outcome:
