@@ -126,7 +126,7 @@ class HealthMonitor:
         for one in self._watched:
             fleet.court.enter(one, one.group, self)
             fleet.metrics.expect_checks(one.engine.labels)
-        _ends.tell_before(self.stop)
+        _ends.tell_before(self._end)
         for thread in self._threads:
             thread.start()
 
@@ -165,13 +165,16 @@ class HealthMonitor:
         A callback that runs is waited for, `timeout_s` seconds at most; not where it is the one that calls, nor on an
         event loop, which is kept from nothing.
         """
+        self._end(0.0 if _is_on_a_loop() else timeout_s)
+
+    def _end(self, timeout_s: float = STOP_S) -> None:
         with self._lock:
             is_first, self._stopped = not self._stopped, True
         if is_first:
-            _ends.forget(self.stop)
+            _ends.forget(self._end)
             self._in_loop(self._ring_all)
             self._verdicts.put(None)
-        until = time.monotonic() + (0.0 if _is_on_a_loop() else timeout_s)
+        until = time.monotonic() + timeout_s
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(max(0.0, until - time.monotonic()))
