@@ -126,7 +126,7 @@ class HealthMonitor:
         for one in self._watched:
             fleet.court.enter(one, one.group, self)
             fleet.metrics.expect_checks(one.engine.labels)
-        _ends.tell_before(self.stop)
+        _ends.tell_before(self._end)
         for thread in self._threads:
             thread.start()
 
@@ -162,12 +162,16 @@ class HealthMonitor:
     def stop(self, timeout_s: float = STOP_S) -> None:
         """End for good: afterwards nothing is probed, and no callback begins. Stopping twice does nothing.
 
-        A callback that runs is waited for, `timeout_s` seconds at most, unless it is that one that calls.
+        A callback that runs is waited for, `timeout_s` seconds at most; not where it is the one that calls, nor on an
+        event loop, which is kept from nothing.
         """
+        self._end(0.0 if _is_on_a_loop() else timeout_s)
+
+    def _end(self, timeout_s: float = STOP_S) -> None:
         with self._lock:
             is_first, self._stopped = not self._stopped, True
         if is_first:
-            _ends.forget(self.stop)
+            _ends.forget(self._end)
             self._in_loop(self._ring_all)
             self._verdicts.put(None)
         until = time.monotonic() + timeout_s
@@ -602,6 +606,14 @@ class _Asked:
 
 
 _NOT_WELL = (Outcome.METHOD_FAILED, Outcome.ACTOR_UNAVAILABLE)
+
+
+def _is_on_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _outcome(probe: _Asked, engine: MonitoredEngine) -> Outcome:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import functools
+import inspect
 import logging
 import threading
 import time
@@ -398,6 +399,11 @@ class EngineMonitor:
             raise ValueError("watch() takes one engine or more, and no empty sequence of actors")
         if on_dead is not None and not callable(on_dead):
             raise TypeError(f"on_dead is called with each verdict; {on_dead!r} cannot be called")
+        if inspect.iscoroutinefunction(on_dead):
+            raise TypeError(
+                f"on_dead is called on a thread, where nobody would await {on_dead!r}: take a plain function, which "
+                f"hands what is to be awaited to its event loop (asyncio.run_coroutine_threadsafe)"
+            )
         for engine in (engine for group in groups for engine in group):
             if not isinstance(engine, MonitoredEngine):
                 raise TypeError(f"watch() takes what adopt() gave, alone or in sequences, not {engine!r}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import ctypes
 import logging
 import os
 import threading
@@ -350,6 +352,29 @@ def test_a_cut_of_the_whole_fleet_ends_nobody(fleet, watch, verdicts):
     assert verdicts.given == []
 
 
+class Slow(Probed):
+    """One that takes most of the timeout to answer, always."""
+
+    def well(self):
+        time.sleep(0.4)
+        return True
+
+
+def test_a_process_that_was_stopped_itself_holds_that_against_nobody(fleet, watch, verdicts):
+    rigs = bring_up(fleet, 2, Slow)
+    watch([rig.engine for rig in rigs], on_dead=verdicts, failure_threshold=1)
+    for _ in range(3):
+        before = checks(fleet, "answered")
+        wait_until(lambda b=before: checks(fleet, "answered") >= b + 2, what="some checks")
+        ctypes.PyDLL(None).sleep(2)  # by PyDLL, this keeps every Python thread of the process from running
+    before = checks(fleet, "answered")
+    wait_until(lambda: checks(fleet, "answered") >= before + 2, what="some checks")
+    assert checks(fleet, "silent") == 0
+    for rig in rigs:
+        assert [to for _, to, _ in fleet.steps(rig.engine)] == [EngineState.LAUNCHING, READY]
+    assert verdicts.given == []
+
+
 def test_no_more_than_a_quarter_is_given_up_at_a_time_and_the_rest_comes_back_when_it_is_well(
     fleet, watch, verdicts, caplog
 ):
@@ -512,6 +537,26 @@ def test_a_callback_that_blocks_keeps_nobody_else_from_being_probed_and_may_be_l
     let_go.set()
 
 
+def test_an_event_loop_that_stops_the_monitor_is_not_kept_up_by_a_callback(fleet, watch):
+    (rig,) = bring_up(fleet)
+    began, let_go = threading.Event(), threading.Event()
+
+    def block(verdict):
+        began.set()
+        let_go.wait(60)
+
+    async def stop():
+        asked = time.monotonic()
+        health.stop()
+        return time.monotonic() - asked
+
+    health = watch([rig.engine], on_dead=block)
+    chaos.kill(rig.pid)
+    assert began.wait(30)
+    assert asyncio.run(stop()) < 1
+    let_go.set()
+
+
 def test_a_callback_may_pause_resume_and_stop_the_monitor(fleet, watch):
     (rig,) = bring_up(fleet)
     done = threading.Event()
@@ -550,6 +595,10 @@ def test_the_end_of_the_monitor_ends_its_watches(fleet, watch):
     assert health.stopped
 
 
+async def coroutine(verdict):
+    pass
+
+
 def test_what_makes_no_sense_is_refused_and_nothing_is_watched(fleet, watch):
     first, second = bring_up(fleet, 2)
     stranger = enginefsm.EngineMonitor("other").adopt(first.engine.handle, name="stranger")
@@ -573,6 +622,7 @@ def test_what_makes_no_sense_is_refused_and_nothing_is_watched(fleet, watch):
         ({"failure_threshold": 1.5}, ValueError, "failure_threshold"),
         ({"first_wait_s": -1}, ValueError, "first_wait_s"),
         ({"on_dead": "print"}, TypeError, "on_dead"),
+        ({"on_dead": coroutine}, TypeError, "run_coroutine_threadsafe"),
     ):
         with pytest.raises(error, match=says):
             fleet.monitor.watch(**good | bad)
