@@ -162,7 +162,7 @@ def test_the_lines_of_the_machine_library_are_silent_for_engines_and_kept_for_ot
 def engine_and_steps():
     steps = []
     record = EngineRecord("e", {}, 1, time.monotonic(), time.time())
-    return MonitoredEngine(object(), record, "init", None, steps.append), steps
+    return MonitoredEngine(bare_handle(), record, "init", None, steps.append), steps
 
 
 observations = st.tuples(st.sampled_from(Outcome), st.booleans(), st.sampled_from([0.0, 1.0, 60.0]))
