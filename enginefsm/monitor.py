@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import collections
-import functools
-import inspect
 import logging
 import threading
 import time
@@ -13,12 +9,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
 from ray import ObjectRef
-from ray.actor import ActorHandle, ActorMethod
+from ray.actor import ActorHandle
 
 from enginefsm import _ends, _ray_handles
 from enginefsm.awaiting import Wait
 from enginefsm.blocking import wait_blocking
 from enginefsm.calls import Awaited, Call
+from enginefsm.checks import check_adopted, check_watched
+from enginefsm.delivery import Delivery
 from enginefsm.engine import MonitoredEngine, Probe
 from enginefsm.errors import RestartCapError
 from enginefsm.events import Event, Listener
@@ -36,8 +34,6 @@ from enginefsm.verdicts import Court
 logger = logging.getLogger("enginefsm")
 
 STAGE_S = 0.5  # how long an exception waits to be told how far launches are
-
-_RESERVED_LABELS = frozenset({"run", "engine", "state", "incarnation", "actor_id"})
 
 
 class EngineMonitor:
@@ -74,22 +70,16 @@ class EngineMonitor:
         self._by_name: dict[str, MonitoredEngine] = {}  # the newest incarnation
         self._released: dict[str, Lineage] = {}  # by name, where the newest incarnation was released
         self._lock = threading.Lock()  # around the three above
-        self._events: collections.deque[Event] = collections.deque()
-        self._deliverer: dict[str, int] = {}  # the thread that hands events to listeners, if one does
-        self._is_delivering = False
-        self._heard = 0  # how many listeners have heard the event that is being delivered
-        self._delivered = threading.Condition()
-        # For event loops: what takes its time, what listeners do, and the wait for exporters, which keep nothing up.
-        self._doing, self._delivering, self._flushing = Lane("doing"), Lane("listeners"), Lane("flush")
-        self._deliver_patiently = functools.partial(self._deliver, FLUSH_S)
+        # For event loops, which neither what takes its time nor the wait for exporters is to keep up.
+        self._doing, self._flushing = Lane("doing"), Lane("flush")
         self._watches: list[HealthMonitor] = []
         self._court = Court()
         self.metrics = FleetMetrics(run, self.engines, self._court.held)
         """What Prometheus is told."""
         self.stages = LaunchStages(self.engines)
         """How far Ray says that launches are, for those who tell of them."""
-        self._listeners: list[Listener] = [_log, self.metrics, *listeners]
-        for listener in self._listeners:
+        self._delivery = Delivery([_log, self.metrics, *listeners], self.metrics.listener_failed)
+        for listener in self._delivery.listeners:
             self.metrics.expect_listener(listener)
         self._exporters = from_environment() if export is None else list(export)
         self._exports: Exports | None = None
@@ -117,7 +107,7 @@ class EngineMonitor:
             RestartCapError: The name has had as many restarts as `restart_cap` allows; nothing has changed. Ask
                 `may_restart` before you create the actor.
         """
-        self._check(handle, name, launch, probe, labels)
+        check_adopted(handle, name, launch, probe, labels)
         actor_id = _ray_handles.actor_id(handle)
         self._begin_exports()
         with self._lock:
@@ -140,14 +130,14 @@ class EngineMonitor:
             lineage = lineage.restarted(now, self.restart_cap)
             texts = {key: str(value) for key, value in labels.items()}
             record = EngineRecord(name, texts, lineage.next_incarnation, now, time.time(), lineage.out_since)
-            engine = MonitoredEngine(handle, record, launch, probe, self._events.append, self, lineage)
+            engine = MonitoredEngine(handle, record, launch, probe, self._delivery.put, self, lineage)
             self._engines[actor_id] = self._by_name[name] = engine
             self._released.pop(name, None)
             if namesake is not None:
                 self._engines.pop(namesake.actor_id, None)
-            self._events.append(record.first_step())
+            self._delivery.put(record.first_step())
         self.metrics.expect_calls(texts, launch)
-        self._deliver_here_or_aside()
+        self._delivery.deliver_here_or_aside()
         return engine
 
     def release(self, engine: MonitoredEngine) -> None:
@@ -162,7 +152,7 @@ class EngineMonitor:
             if self._by_name.get(engine.name) is engine:
                 del self._by_name[engine.name]
                 self._released[engine.name] = engine.lineage_after()
-        self._deliver_here_or_aside()
+        self._delivery.deliver_here_or_aside()
 
     def may_restart(self, name: str) -> bool:
         """Whether `restart_cap` allows the engine of that name, dead or about to be, one more restart now.
@@ -222,11 +212,11 @@ class EngineMonitor:
         several = isinstance(calls, Sequence)
         awaited = [self._awaited(one) for one in _given(calls, timeout)]
         try:
-            values = wait_blocking(self._wait(), awaited, timeout, self._deliver)
+            values = wait_blocking(self._wait(), awaited, timeout, self._delivery.deliver)
         except Exception:
             self._flush_terminal()
             raise
-        self._deliver(patience_s=FLUSH_S)
+        self._delivery.deliver(patience_s=FLUSH_S)
         results = [values[one] for one in awaited]
         return results if several else results[0]
 
@@ -250,12 +240,11 @@ class EngineMonitor:
             await turn()
             awaited.append(self._awaited(one))
         try:
-            values = await wait_on_loop(self._wait(), awaited, timeout, self._deliver_aside, self._doing)
+            values = await wait_on_loop(self._wait(), awaited, timeout, self._delivery.deliver_aside, self._doing)
         except Exception:
             await self._flushing.run(self._flush_terminal, FLUSH_S)
             raise
-        if self._events:
-            await self._delivering.run(self._deliver_patiently, FLUSH_S)
+        await self._delivery.delivered()
         results = [values[one] for one in awaited]
         return results if several else results[0]
 
@@ -298,8 +287,8 @@ class EngineMonitor:
         """
         groups = [list(one) if isinstance(one, Sequence) else [one] for one in engines]
         settings = Settings(probe, interval_s, timeout_s, failure_threshold, first_wait_s, url)
-        self._check_watched(groups, settings, on_dead)
-        fleet = Fleet(self.engine, self.policy, self.metrics, self._court, self._deliver)
+        check_watched(self, groups, probe, url, on_dead)
+        fleet = Fleet(self.engine, self.policy, self.metrics, self._court, self._delivery.deliver)
         with self._lock:
             self._watches = [watch for watch in self._watches if not watch.stopped]
             taken = {name for watch in self._watches for name in watch.names}
@@ -314,7 +303,7 @@ class EngineMonitor:
     def add_listener(self, listener: Listener) -> None:
         """Have `listener` called with every event from now on."""
         self.metrics.expect_listener(listener)
-        self._listeners.append(listener)
+        self._delivery.listeners.append(listener)
 
     def flush(self, timeout_s: float = FLUSH_S) -> bool:
         """Wait until the exporters have everything up to now, `timeout_s` seconds at most; says whether they have."""
@@ -358,7 +347,7 @@ class EngineMonitor:
             if self._exports is not None or not self._exporters:
                 return
             self._exports = Exports(self._exporters, self)
-            self._listeners.extend(self._exports.outboxes)
+            self._delivery.listeners.extend(self._exports.outboxes)
         _ends.tell_before(self.close)
 
     def _flush_terminal(self) -> None:
@@ -367,51 +356,9 @@ class EngineMonitor:
         Or time is up: 2 s for all of it.
         """
         until = time.monotonic() + FLUSH_S
-        self._deliver(patience_s=FLUSH_S)
+        self._delivery.deliver(patience_s=FLUSH_S)
         if self._exports is not None:
             self._exports.flush(max(0.0, until - time.monotonic()), terminal_only=True)
-
-    def _check(self, handle: Any, name: str, launch: str, probe: Probe | None, labels: dict[str, object]) -> None:
-        if isinstance(handle, MonitoredEngine):
-            raise TypeError(f"{handle!r} is adopted already; adopt() takes the actor's handle")
-        if not isinstance(handle, ActorHandle):
-            raise TypeError(f"adopt() takes the handle that Engine.remote(...) gave, not {type(handle).__name__}")
-        if _ray_handles.is_cross_language(handle):
-            raise TypeError(f"{handle!r} is not a Python actor: no Python call can be sent to it")
-        if _ray_handles.is_asyncio(handle) and not _ray_handles.is_monitored(handle):
-            raise TypeError(
-                f"{handle!r} is an asyncio actor, on which a remembered call cannot run; "
-                f"create it from ray.remote(enginefsm.monitored(cls)) instead"
-            )
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"an engine's name is a text that is not empty, not {name!r}")
-        for role, method in (("launch method", launch), ("probe", probe)):
-            if isinstance(method, str):
-                _check_method(handle, method, role)
-                if hasattr(MonitoredEngine, method):
-                    raise ValueError(f"{method!r} cannot be the {role}: a MonitoredEngine has that name for itself")
-        taken = _RESERVED_LABELS.intersection(labels)
-        if taken:
-            raise ValueError(f"labels that enginefsm sets itself cannot be given: {', '.join(sorted(taken))}")
-
-    def _check_watched(self, groups: list[list[MonitoredEngine]], settings: Settings, on_dead: object) -> None:
-        if not groups or not all(groups):
-            raise ValueError("watch() takes one engine or more, and no empty sequence of actors")
-        if on_dead is not None and not callable(on_dead):
-            raise TypeError(f"on_dead is called with each verdict; {on_dead!r} cannot be called")
-        if inspect.iscoroutinefunction(on_dead):
-            raise TypeError(
-                f"on_dead is called on a thread, where nobody would await {on_dead!r}: take a plain function, which "
-                f"hands what is to be awaited to its event loop (asyncio.run_coroutine_threadsafe)"
-            )
-        for engine in (engine for group in groups for engine in group):
-            if not isinstance(engine, MonitoredEngine):
-                raise TypeError(f"watch() takes what adopt() gave, alone or in sequences, not {engine!r}")
-            if engine.owner is not self:
-                raise ValueError(f"{engine!r} is an engine of another monitor: watch it there")
-            _check_method(engine.handle, settings.probe, "probe")
-            if settings.url is not None:
-                _check_method(engine.handle, settings.url, "url")
 
     def _awaited(self, one: Any) -> Awaited:
         if isinstance(one, Call):
@@ -430,75 +377,13 @@ class EngineMonitor:
         return engine.plain_ref(one)
 
     def _wait(self) -> Wait:
-        return Wait(self.policy, self.engines, self._events.append, lambda: self.stages.look(STAGE_S))
-
-    def _deliver_aside(self) -> None:
-        """Have the events handed to the listeners by another thread than this one."""
-        if self._events:
-            self._delivering.ask(self._deliver_patiently)
-
-    def _deliver_here_or_aside(self) -> None:
-        """Hand the events to the listeners; if this is an event loop's thread, have another do so in the next turn."""
-        loop = asyncio._get_running_loop()
-        if loop is None:
-            self._deliver()
-        else:
-            loop.call_soon(self._deliver_aside)
-
-    def _deliver(self, patience_s: float = 0.0) -> None:
-        """Hand the events to the listeners; if another thread is at it, leave them to it, or wait for it so long."""
-        me, until = threading.get_ident(), time.monotonic() + patience_s
-        while self._events:
-            # Atomic, and safe against an interrupt at any point: what this thread has claimed, it may claim again.
-            if self._deliverer.setdefault("thread", me) == me:
-                if self._is_delivering:
-                    return  # a listener has moved an engine: its event comes when the present one is delivered
-                try:
-                    self._is_delivering = True
-                    self._deliver_all()
-                finally:
-                    self._is_delivering = False
-                    self._deliverer.pop("thread", None)
-                    with self._delivered:
-                        self._delivered.notify_all()
-            else:
-                with self._delivered:
-                    if not self._delivered.wait_for(self._may_deliver, until - time.monotonic()):
-                        return
-
-    def _may_deliver(self) -> bool:
-        return not self._events or "thread" not in self._deliverer
-
-    def _deliver_all(self) -> None:
-        # An interrupt in a listener loses no event to the next one: the count of those that have heard it is kept.
-        while self._events:
-            if self._heard < len(self._listeners):
-                self._heard += 1
-                self._call(self._listeners[self._heard - 1], self._events[0])
-            else:
-                self._heard = 0
-                self._events.popleft()
-
-    def _call(self, listener: Listener, event: Event) -> None:
-        try:
-            listener(event)
-        except Exception:  # a listener is not ours, and must not end a bringup
-            logger.exception("listener %r failed on an event of engine %s", listener, event.engine)
-            self.metrics.listener_failed(listener)
+        return Wait(self.policy, self.engines, self._delivery.put, lambda: self.stages.look(STAGE_S))
 
 
 def _given(calls: Any, timeout: float | None) -> list[Any]:
     if timeout is not None and timeout < 0:
         raise ValueError(f"timeout is a number of seconds, 0 or more, or None, not {timeout!r}")
     return list(calls) if isinstance(calls, Sequence) else [calls]
-
-
-def _check_method(handle: ActorHandle[Any], method: str, role: str) -> None:
-    if not isinstance(getattr(handle, str(method), None), ActorMethod):
-        known = ", ".join(sorted(m for m in dir(handle) if not m.startswith("_")))
-        raise ValueError(f"{handle!r} has no method {method!r} to be its {role}; it has: {known}")
-    if not _ray_handles.is_plain(getattr(handle, method), {}):
-        raise ValueError(f"{method!r} cannot be the {role}: it does not return one plain value")
 
 
 def _log(event: Event) -> None:

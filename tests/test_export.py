@@ -37,7 +37,7 @@ def adopt(monitor, name="one", **labels):
 def move(monitor, engine, *reasons):
     for reason in reasons:
         assert engine.step(reason), f"{engine!r} does not move for {reason}"
-    monitor._deliver()
+    monitor._delivery.deliver()
 
 
 def samples(text):
@@ -346,7 +346,7 @@ def test_the_event_log_has_a_line_for_each_transition_and_each_fault(tmp_path, m
     monitor = make_monitor(EventLog(log))
     engine = adopt(monitor, "default/regular/0", node="n1", rank=3)
     for outcome, attempt in ((Outcome.SUCCEEDED, 0), (Outcome.ACTOR_UNAVAILABLE, 0), (Outcome.SUCCEEDED, 1)):
-        monitor._events.append(CallOutcome(engine.name, engine.labels, "init", outcome, attempt, 1.5, False, 1, 100.0))
+        monitor._delivery.put(CallOutcome(engine.name, engine.labels, "init", outcome, attempt, 1.5, False, 1, 100.0))
     move(monitor, engine, *DIED)
     monitor.close()
     lines = lines_of(log)

@@ -57,7 +57,7 @@ class Manager:
     def move(self, name, *reasons):
         for reason in reasons:
             assert self.engines[name].step(reason)
-        self.monitor._deliver()
+        self.monitor._delivery.deliver()
         return self
 
     def report(self, names=None, seq=None):

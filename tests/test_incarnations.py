@@ -64,7 +64,7 @@ class Name:
         return self
 
     def replaced_after_s(self):
-        self.monitor._deliver()
+        self.monitor._delivery.deliver()
         return [step.replaced_after_s for step in self.told if isinstance(step, Transition) and step.first_ready]
 
     def histogram(self, what):

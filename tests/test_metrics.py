@@ -496,7 +496,7 @@ def test_an_event_that_comes_while_a_delivery_ends_is_not_left_behind(monitor, m
             return super().pop(*key)
 
     monitor.add_listener(heard.append)
-    monkeypatch.setattr(monitor, "_deliverer", Claim())
+    monkeypatch.setattr(monitor._delivery, "_deliverer", Claim())
     monitor.adopt(bare_handle(), name="first")
 
     assert [event.engine for event in heard] == ["first", "late"]

@@ -92,9 +92,9 @@ def report(tmp_path, capfd):
 def test_the_log_of_these_tests_has_the_fields_that_the_exporter_writes(tmp_path):
     monitor = EngineMonitor("glm", export=[EventLog(tmp_path / "log")])
     engine = monitor.adopt(bare_handle(), name="e")
-    monitor._events.append(CallOutcome("e", {}, "init", Outcome.ACTOR_DIED, 0, 1.5, False, 1, 100.0))
+    monitor._delivery.put(CallOutcome("e", {}, "init", Outcome.ACTOR_DIED, 0, 1.5, False, 1, 100.0))
     engine.step(Reason.ACTOR_DIED)
-    monitor._deliver()
+    monitor._delivery.deliver()
     monitor.close()
     exported = map(json.loads, (tmp_path / "log").read_text().splitlines())
     written = map(json.loads, Log().begin().killed("e").add("end", 20).text().splitlines())

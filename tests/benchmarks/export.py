@@ -67,7 +67,7 @@ def transitions(directory):
             for reason in ROUTE:
                 began = time.thread_time_ns()
                 engine.step(reason)
-                monitor._deliver()
+                monitor._delivery.deliver()
                 took[what].append((time.thread_time_ns() - began) / 1000)
         if turn % 20 == 0:  # others' batches are sent meanwhile, as in life
             time.sleep(0.05)
@@ -98,7 +98,7 @@ def scrapes(size, bound):
     changed = []
     for turn in range(10):
         engines[turn].step(Reason.INIT_SUCCEEDED)
-        monitor._deliver()
+        monitor._delivery.deliver()
         assert monitor.flush(30)
         took, sent = scraped(url + "/metrics")
         changed.append(took)
@@ -126,7 +126,7 @@ def scrapes(size, bound):
         waits.clear()
         for turn in range(20, 40):
             engines[turn].step(Reason.INIT_SUCCEEDED if not scraping else Reason.ACTOR_UNAVAILABLE)
-            monitor._deliver()
+            monitor._delivery.deliver()
             began = time.perf_counter()
             assert monitor.flush(30)
             waits.append((time.perf_counter() - began) * 1000)

@@ -147,16 +147,16 @@ def memory(handle):
 def transition(handle):
     """One transition with its metrics, microseconds: the best of several batches, since neighbours slow some."""
     monitor = enginefsm.EngineMonitor("transition")
-    monitor._listeners = [monitor.metrics]  # the log line apart: its cost is the handler's
+    monitor._delivery.listeners = [monitor.metrics]  # the log line apart: its cost is the handler's
     record = EngineRecord("engine", {"model": "m", "worker_type": "regular"}, 1, 0.0, 0.0)
-    engine = MonitoredEngine(handle, record, "init", None, monitor._events.append)
+    engine = MonitoredEngine(handle, record, "init", None, monitor._delivery.put)
     engine.step(Reason.INIT_SUCCEEDED)
     batches = []
     for _ in range(20):
         began = time.perf_counter()
         for reason in (Reason.ACTOR_UNAVAILABLE, Reason.RECOVERED) * 500:
             engine.step(reason)
-            monitor._deliver()
+            monitor._delivery.deliver()
         batches.append((time.perf_counter() - began) / 1000 * 1e6)
     print(f"{'one transition, metrics included, microseconds':52} {'':10} {min(batches):10.1f} {'':>7}  25 at most")
 
