@@ -441,7 +441,7 @@ def test_the_textfile_is_whole_for_whoever_reads_it_while_it_is_written(tmp_path
             text = path.read_text()
             read.add(text)
             assert text.endswith("\n")
-            assert text.splitlines()[-1].startswith("enginefsm_monitor_info")
+            assert text.splitlines()[-1].startswith("enginefsm_verdicts_held")
             assert text.count("enginefsm_engine_info{") == 200
             assert not {entry.suffix for entry in tmp_path.iterdir()} - {".prom", ".tmp"}
     finally:
