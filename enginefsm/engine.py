@@ -210,14 +210,10 @@ class MonitoredEngine:
     def step(self, reason: Reason) -> bool:
         """Move for `reason`, if there is such an edge from here; says whether it moved."""
         with self._lock:
-            moved = self._step(reason, time.monotonic())
-        if moved and reason in GIVEN_UP:
-            for wake in list(self._wakers):
-                wake()
-        return moved
+            return self._step(reason, time.monotonic())
 
     def when_given_up(self, wake: Callable[[], None]) -> None:
-        """Have `wake` called when the monitor gives the engine up; it is to take no time, and not to raise."""
+        """Have `wake` called when the monitor gives the engine up, under the engine's lock: it may only set a flag."""
         self._wakers.add(wake)
 
     def forget_waker(self, wake: Callable[[], None]) -> None:
@@ -329,4 +325,7 @@ class MonitoredEngine:
             self.stage = None
         # Queued here, under the lock, so that an engine's steps keep their order; delivered by whoever let go of it.
         self._on_step(step)
+        if reason in GIVEN_UP:
+            for wake in list(self._wakers):
+                wake()
         return True

@@ -136,7 +136,8 @@ async def wait_on_loop(
 ) -> dict[Awaited, Any]:
     """Wait for all of `awaited`, and give their values.
 
-    Calls `deliver`, which is to take no time, whenever engines may have moved; what takes time is done in `lane`.
+    Calls `deliver`, which is to take no time, whenever engines may have moved and the wait goes on; what takes time is
+    done in `lane`.
     """
     inbox, turn = _Inbox(), pace()
     wait.expect = lambda one: one.tell(inbox)
@@ -155,7 +156,8 @@ async def wait_on_loop(
                 failure = await _take_all(wait, inbox, turn)
             if failure is None and wait.is_late():
                 failure = await lane.run(wait.launch_deadline)
-            deliver()
+            if failure is None and wait.open:
+                deliver()
             if failure is None and wait.open and timeout_s is not None and time.monotonic() >= give_up_at:
                 failure = await lane.run(functools.partial(wait.timed_out, timeout_s))
             if failure is not None:

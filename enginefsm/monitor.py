@@ -40,8 +40,9 @@ class EngineMonitor:
     """A fleet of engines: adopts their actors, awaits their calls, and tells listeners of every transition.
 
     Thread-safe. Listeners are called one event at a time, in order, outside every lock; one that raises is logged
-    and counted, and costs the fleet nothing else. One that blocks, blocks whoever moved the engine: a listener that
-    has something slow to do hands it to a thread of its own, as the exporters do.
+    and counted, and costs the fleet nothing else. One that blocks, blocks whoever moved the engine (who awaits on an
+    event loop waits 2 s for it, and the loop not at all): a listener that has something slow to do hands it to a thread
+    of its own, as the exporters do.
 
     Args:
         run: The name of the training run, on every metric.

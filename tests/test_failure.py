@@ -167,7 +167,7 @@ def test_an_engine_that_stays_cut_off_is_given_up_and_ray_s_last_error_is_kept(f
         fleet.monitor.get(call)
 
 
-@pytest.mark.parametrize("policy", [RetryPolicy(launch_deadline_s=3)])
+@pytest.mark.parametrize("policy", [RetryPolicy(launch_deadline_s=5)])
 def test_a_frozen_engine_runs_into_the_launch_deadline_which_names_all_that_still_launch(fleet, policy):
     rigs = [fleet.launch() for _ in range(3)]
     calls = [rig.engine.init.remote() for rig in rigs]
