@@ -126,7 +126,7 @@ class HealthMonitor:
         for one in self._watched:
             fleet.court.enter(one, one.group, self)
             fleet.metrics.expect_checks(one.engine.labels)
-        _ends.tell_before(self.stop)
+        _ends.tell_before(self._end)
         for thread in self._threads:
             thread.start()
 
@@ -162,12 +162,16 @@ class HealthMonitor:
     def stop(self, timeout_s: float = STOP_S) -> None:
         """End for good: afterwards nothing is probed, and no callback begins. Stopping twice does nothing.
 
-        A callback that runs is waited for, `timeout_s` seconds at most, unless it is that one that calls.
+        A callback that runs is waited for, `timeout_s` seconds at most; not where it is the one that calls, nor on an
+        event loop, which is kept from nothing.
         """
+        self._end(0.0 if _is_on_a_loop() else timeout_s)
+
+    def _end(self, timeout_s: float = STOP_S) -> None:
         with self._lock:
             is_first, self._stopped = not self._stopped, True
         if is_first:
-            _ends.forget(self.stop)
+            _ends.forget(self._end)
             self._in_loop(self._ring_all)
             self._verdicts.put(None)
         until = time.monotonic() + timeout_s
@@ -298,8 +302,9 @@ class HealthMonitor:
         )
 
     def _send(self, one: _Watched, engine: MonitoredEngine, opening: _Opening) -> _Asked:
-        method, timeout_s = self._settings.probe, self._settings.timeout_s
-        return _Asked(engine, method, timeout_s, opening, lambda: self._in_loop(one.ring))
+        if one.question is None or one.question.engine is not engine:
+            one.question = _Question(engine, self._settings.probe, self._settings.timeout_s)
+        return _Asked(one.question, opening, lambda: self._in_loop(one.ring))
 
     def _silent(self, one: _Watched, engine: MonitoredEngine, probe: _Asked, opening: _Opening) -> None:
         """No answer, for the timeout or for one interval more."""
@@ -410,6 +415,10 @@ class HealthMonitor:
     def _tell(self) -> None:
         """Hand verdicts to the callback, in order."""
         while (verdict := self._verdicts.get()) is not None:
+            self._fleet.deliver()  # listeners hear of the end first
+            if verdict.by_monitor and verdict.cause is not None:
+                name, cause, server = verdict.engine.name, verdict.cause, verdict.server
+                logger.error("engine %s was given up: %s (its server: %s)", name, cause, server)
             if self._on_dead is None or self._stopped:
                 continue
             try:
@@ -445,7 +454,8 @@ class HealthMonitor:
             group.has_no_address = False
         if group.url is None:
             if not group.has_no_address and (group.address is None or group.said is Server.FAILS):
-                group.url = _Asked(engine, url, self._settings.timeout_s, self._opening, lambda: None)
+                question = _Question(engine, url, self._settings.timeout_s)
+                group.url = _Asked(question, self._opening, lambda: None)
             return
         if not group.url.answer.done():
             return
@@ -514,7 +524,9 @@ class _Watched:
         self.opening: _Opening | None = None
         """The one that it has begun."""
         self.outages_ended = 0
+        self.question: _Question | None = None
         self.probe: _Asked | None = None
+        """The question as it was put last, while there is no answer."""
         self.patience_until = 0.0
         """When its silence is a failure, or one more."""
         self.attempts = 0
@@ -550,43 +562,58 @@ class _Watched:
             self._bell.set_result(None)
 
 
-class _Asked:
-    """One plain call to an actor, and its answer to come."""
+class _Question:
+    """A method of one actor, to be called plainly, and time and again."""
 
-    def __init__(
-        self,
-        engine: MonitoredEngine,
-        method: str,
-        timeout_s: float,
-        opening: _Opening,
-        answered: Callable[[], object],
-    ) -> None:
-        self.opening = opening
-        self.counted = False
-        """Whether its silence was counted as a failure."""
-        self.sent_at = time.monotonic()
+    def __init__(self, engine: MonitoredEngine, method: str, timeout_s: float) -> None:
+        self.engine = engine
         # An asyncio actor answers though a call is out.
-        self._ledger = None if _ray_handles.is_asyncio(engine.handle) else engine.ledger
-        self._calls_before = engine.ledger.calls
+        self.waits_its_turn = not _ray_handles.is_asyncio(engine.handle)
         bound: ActorMethod = getattr(engine.handle, method)
         signature = _ray_handles.signature(bound)
         takes = () if signature is None else signature.parameters
-        timeout = {name: timeout_s for name in ("timeout", "timeout_s") if name in takes}
+        self._timeout = {name: timeout_s for name in ("timeout", "timeout_s") if name in takes}
+        # A retry of Ray's own would hide that the actor is unavailable.
+        self._bound = bound.options(max_task_retries=0, retry_exceptions=False)
+
+    def put(self) -> Future[Any]:
+        """Call the method; its answer arrives by itself. What Ray says when it refuses the call is an answer."""
         try:
-            # A retry of Ray's own would hide that the actor is unavailable.
-            ref = bound.options(max_task_retries=0, retry_exceptions=False).remote(**timeout)
-            self.answer: Future[Any] = ref.future()
+            answer: Future[Any] = self._bound.remote(**self._timeout).future()
         except RayError as error:
-            self.answer = Future()
-            self.answer.set_exception(error)
+            answer = Future()
+            answer.set_exception(error)
+        return answer
+
+
+class _Asked:
+    """One call of a method, and its answer to come."""
+
+    def __init__(self, question: _Question, opening: _Opening, answered: Callable[[], object]) -> None:
+        self.opening = opening
+        self.counted = False
+        """Whether its silence was counted as a failure."""
+        self._question = question
+        self._calls_before = question.engine.ledger.calls
+        self.sent_at = time.monotonic()
+        self.answer = question.put()
         self.answer.add_done_callback(lambda _: answered())
 
     def is_behind_a_call(self) -> bool:
         """Whether a call of this monitor's that was made before it is out, and may keep the actor from answering."""
-        return self._ledger is not None and self._ledger.is_open(below=self._calls_before)
+        question = self._question
+        return question.waits_its_turn and question.engine.ledger.is_open(below=self._calls_before)
 
 
 _NOT_WELL = (Outcome.METHOD_FAILED, Outcome.ACTOR_UNAVAILABLE)
+
+
+def _is_on_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _outcome(probe: _Asked, engine: MonitoredEngine) -> Outcome:

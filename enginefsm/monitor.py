@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import inspect
 import logging
 import threading
 import time
@@ -224,7 +225,7 @@ class EngineMonitor:
             TypeError, ValueError: An argument makes no sense, an engine is not of this monitor, or is watched already,
                 or has no such method. Nothing is watched then.
         """
-        groups = [[one] if isinstance(one, MonitoredEngine) else list(one) for one in engines]
+        groups = [list(one) if isinstance(one, Sequence) else [one] for one in engines]
         settings = Settings(probe, interval_s, timeout_s, failure_threshold, first_wait_s, url)
         self._check_watched(groups, settings, on_dead)
         fleet = Fleet(self.engine, self.policy, self.metrics, self._court, self._deliver)
@@ -322,6 +323,11 @@ class EngineMonitor:
             raise ValueError("watch() takes one engine or more, and no empty sequence of actors")
         if on_dead is not None and not callable(on_dead):
             raise TypeError(f"on_dead is called with each verdict; {on_dead!r} cannot be called")
+        if inspect.iscoroutinefunction(on_dead):
+            raise TypeError(
+                f"on_dead is called on a thread, where nobody would await {on_dead!r}: take a plain function, which "
+                f"hands what is to be awaited to its event loop (asyncio.run_coroutine_threadsafe)"
+            )
         for engine in (engine for group in groups for engine in group):
             if not isinstance(engine, MonitoredEngine):
                 raise TypeError(f"watch() takes what adopt() gave, alone or in sequences, not {engine!r}")

@@ -150,7 +150,7 @@ def make_fleet(tmp_path, policy):
     """For a test that has chosen its cluster: `make_fleet()` gives its fleet."""
     made = []
 
-    def make():
+    def make(policy=policy):
         made.append(Fleet(tmp_path, policy))
         return made[-1]
 

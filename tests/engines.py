@@ -127,7 +127,7 @@ class Doomed:
 
 
 class Probed(Engine):
-    """An engine that is ill while the file `ill` is there, and slow to say so while `slow` is.
+    """An engine that is ill while the file `ill` is there, or `raises`, and slow to say so while `slow` is.
 
     Each probe leaves its time, and the timeout that it was given, in `probes`.
     """
@@ -136,4 +136,6 @@ class Probed(Engine):
         with (self.directory / "probes").open("a") as probes:
             probes.write(f"{time.monotonic()} {timeout}\n")
         wait_until(lambda: not (self.directory / "slow").exists(), what="the end of slowness")
+        if (self.directory / "raises").exists():
+            raise RuntimeError("not well")
         return not (self.directory / "ill").exists()

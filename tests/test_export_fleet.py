@@ -44,6 +44,7 @@ class Manager:
         self.engines = {}
         self.stopped_s = 0.0
         self.job = ""
+        self.held = {}
 
     def adopt(self, *names, **labels):
         for name in names:
@@ -65,7 +66,7 @@ class Manager:
             "seq": next(self.seq) if seq is None else seq, "full": names is None,
             "rows": [row(engine.snapshot()) for engine in present if engine is not None],
             "gone": [name for name in names or () if self.monitor.engine(name) is None],
-            "counts": counts(self.monitor.metrics.collect_counts()),
+            "counts": counts(self.monitor.metrics.collect_counts()), "held": self.held,
             "job": self.job, "started_s": 900.0, "heartbeat_s": self.clock.now, "stopped_s": self.stopped_s,
             "host": "h", "pid": 1, "version": "0.1.0", "ray_version": "2.60.0",
         }  # fmt: skip
@@ -315,6 +316,23 @@ def test_the_json_says_what_is_known_of_each_engine(table, manager, clock):
     assert min(spent.values()) >= 0
     assert table.as_json("idle")["runs"] == [answer["runs"][1]]
     assert table.as_json("no such run")["runs"] == []
+
+
+def test_verdicts_that_managers_hold_add_up_and_those_of_a_manager_that_is_gone_are_held_no_more(table, manager, clock):
+    def held(why):
+        return samples(text_of(table))["enginefsm_verdicts_held", (("run", "glm"), ("why", why))]
+
+    one, other = manager().adopt("a"), manager().adopt("b")
+    one.held, other.held = {"mass_outage": 2, "kill_cap": 0}, {"mass_outage": 1}
+    one.send()
+    other.send()
+    assert (held("mass_outage"), held("kill_cap")) == (3, 0)
+    clock.now += SILENT_S
+    one.send()
+    assert held("mass_outage") == 2
+    one.stopped_s = clock.now
+    one.send()
+    assert held("mass_outage") == 0
 
 
 def test_ten_thousand_engines_of_short_names_are_at_most_eight_megabytes(table, manager):

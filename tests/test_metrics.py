@@ -46,6 +46,8 @@ EXPECTED = {
     "monitor_info": ("gauge", {"run", "version", "ray_version"}),
     "export_errors": ("counter", {"run", "sink"}),
     "events_dropped": ("counter", {"run", "sink"}),
+    "health_checks": ("counter", {*G, "actor", "server"}),
+    "verdicts_held": ("gauge", {"run", "why"}),
 }
 
 
@@ -120,6 +122,7 @@ def fleet_in_trouble(fleet):
     fleet.step(EngineState.UNAVAILABLE, EngineState.DEAD, Reason.RETRY_EXHAUSTED)
     fleet.metrics.listener_failed(print)
     fleet.metrics.expect_exporter("hub")
+    fleet.metrics.expect_checks(fleet.engines[0].labels)
     fleet.engines = [Engine(state=EngineState.DEAD, reason=Reason.RETRY_EXHAUSTED)]
     return fleet
 

@@ -70,7 +70,7 @@ def test_a_server_that_does_not_accept_is_unknown():
             waiting = sockets.enter_context(socket.socket())
             waiting.setblocking(False)
             waiting.connect_ex(full.getsockname())
-        assert asyncio.run(ask(Address("http://127.0.0.1:%d" % full.getsockname()[1]), 0.2)) is Server.UNKNOWN
+        assert asyncio.run(ask(Address(f"http://127.0.0.1:{full.getsockname()[1]}"), 0.2)) is Server.UNKNOWN
 
 
 def test_no_proxy_is_asked(monkeypatch):
@@ -80,7 +80,7 @@ def test_no_proxy_is_asked(monkeypatch):
 
 @pytest.mark.parametrize("url", [None, 8000, "", "127.0.0.1:8000", "https://127.0.0.1", "http://", "http://h:x"])
 def test_what_is_no_http_url_is_refused(url):
-    with pytest.raises(ValueError, match="URL|[Pp]ort"):
+    with pytest.raises(ValueError, match=r"URL|[Pp]ort"):
         Address(url)
 
 

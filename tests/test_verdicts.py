@@ -69,8 +69,13 @@ def test_failures_that_counted_before_do_not_end_an_engine_whose_server_serves_a
     assert not served.is_due(3, 120, 30)
 
 
-@pytest.mark.parametrize(("engines", "lost", "held"), [(1, 1, False), (2, 1, False), (2, 2, True), (3, 2, True),
-                                                       (4, 2, False), (4, 3, True), (256, 128, False), (256, 129, True)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("engines", "lost", "held"),
+    [
+        (1, 1, False), (2, 1, False), (2, 2, True), (3, 2, True), (4, 2, False), (4, 3, True), (256, 128, False),
+        (256, 129, True),
+    ],
+)  # fmt: skip
 def test_verdicts_are_held_while_more_than_half_and_at_least_two_are_unavailable(engines, lost, held):
     court = court_of(engines)
     lose(court, *(f"e{number}" for number in range(lost)))
