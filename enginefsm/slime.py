@@ -143,7 +143,7 @@ class RolloutHealthMonitor:
         return True
 
     def pause(self) -> None:
-        """Check no more until `resume`, as while engines are offloaded. Engines that are seen to be dead are ended first.
+        """Check no more until `resume`, as while engines are offloaded. Returns once engines seen to be dead are ended.
 
         An engine that was given up, but without a verdict of this monitor's, keeps its place: its actor may live.
         """
@@ -172,7 +172,7 @@ class RolloutHealthMonitor:
         return self._watch is not None and not self._watch.paused
 
     def _servers(self) -> list[list[MonitoredEngine]]:
-        """The engines of the group, all nodes of one together, the first node first; but for those with a free place."""
+        """The engines of the group, all nodes of one together, node 0 first; but for those with a free place."""
         slots, nodes = self._group.all_engines, getattr(self._group, "nodes_per_engine", 1)
         servers = [list(slots[first : first + nodes]) for first in range(0, len(slots), nodes)]
         return [server for server in servers if None not in server]
