@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Collection, Iterable, MutableSequence
+import time
+from collections.abc import Callable, Collection, Iterable, MutableSequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -21,13 +22,17 @@ from enginefsm.engine import MonitoredEngine
 from enginefsm.health import HealthMonitor, Verdict
 from enginefsm.monitor import EngineMonitor
 from enginefsm.router import RouterError, remove_worker
-from enginefsm.states import EngineState
+from enginefsm.states import GIVEN_UP, EngineState, Reason
 
 logger = logging.getLogger("enginefsm")
 
 NODES_TIMEOUT_S = 2.0  # for the control plane, to tell where a group's engines are
 # What the end of an engine may take: for its actors to say that they answer, for those to shut down, for the router.
 PING_TIMEOUT_S, SHUTDOWN_TIMEOUT_S, ROUTER_TIMEOUT_S = 5.0, 20.0, 5.0
+VERDICT_S = 1.0  # from a verdict to its callback
+PAUSE_S = 0.05
+
+_MAY_LIVE = (*GIVEN_UP, Reason.RELEASED)
 
 
 def adopt_group(
@@ -131,17 +136,24 @@ class RolloutHealthMonitor:
             interval_s=self._interval_s,
             timeout_s=self._timeout_s,
             first_wait_s=self._first_wait_s,
-            on_dead=self._end_dead,
+            on_dead=self._judged,
             url="get_url",
         )
         self._watch.pause()
         return True
 
     def pause(self) -> None:
-        """Check no more until `resume`, as while engines are offloaded. Engines known to be dead are ended first."""
-        if self._watch is not None:
-            self._watch.pause()
-            self._end_dead()
+        """Check no more until `resume`, as while engines are offloaded. Returns once engines seen to be dead are ended.
+
+        An engine that was given up, but without a verdict of this monitor's, keeps its place: its actor may live.
+        """
+        if self._watch is None:
+            return
+        self._watch.pause()
+        self._end(lambda engine: engine.state is EngineState.DEAD and engine.reason not in _MAY_LIVE)
+        until = time.monotonic() + VERDICT_S  # a verdict may be on its way here
+        while self._has_given_up() and (self._ending.locked() or time.monotonic() < until):
+            time.sleep(PAUSE_S)
 
     def resume(self) -> None:
         """Check from now on, after the first wait."""
@@ -160,7 +172,7 @@ class RolloutHealthMonitor:
         return self._watch is not None and not self._watch.paused
 
     def _servers(self) -> list[list[MonitoredEngine]]:
-        """The engines of the group, all nodes of one together, the first node first; those with a free place aside."""
+        """The engines of the group, all nodes of one together, node 0 first; but for those with a free place."""
         slots, nodes = self._group.all_engines, getattr(self._group, "nodes_per_engine", 1)
         servers = [list(slots[first : first + nodes]) for first in range(0, len(slots), nodes)]
         return [server for server in servers if None not in server]
@@ -172,18 +184,24 @@ class RolloutHealthMonitor:
             if known is None or known[0] is not engine or _failed(known[1]):
                 self._urls[engine.name] = engine, engine.handle.get_url.remote()
 
-    def _end_dead(self, _: Verdict | None = None) -> None:
-        """End what is left of the engines that are dead, and free their places."""
-        with self._ending:
-            dead = [server for server in self._servers() if any(one.state is EngineState.DEAD for one in server)]
-            _shut_down([engine for server in dead for engine in server])
-            for server in dead:
-                self._end(server)
+    def _has_given_up(self) -> bool:
+        return any(engine.reason in GIVEN_UP for server in self._servers() for engine in server)
 
-    def _end(self, server: list[MonitoredEngine]) -> None:
-        for engine in server:
-            ray.kill(engine.handle)
-        self._forget(server[0])
+    def _judged(self, verdict: Verdict) -> None:
+        self._end(lambda engine: engine in verdict.engines)
+
+    def _end(self, is_over: Callable[[MonitoredEngine], bool]) -> None:
+        """End what is left of the engines one of whose actors is over, and free their places."""
+        with self._ending:
+            over = [server for server in self._servers() if any(is_over(engine) for engine in server)]
+            _shut_down([engine for server in over for engine in server])
+            for server in over:
+                for engine in server:
+                    ray.kill(engine.handle)
+                self._forget(server[0])
+                self._free(server)
+
+    def _free(self, server: list[MonitoredEngine]) -> None:
         slots = self._group.all_engines
         for engine in server:
             if engine.state is not EngineState.DEAD:

@@ -12,6 +12,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +279,7 @@ class RolloutManager:
         self.router, self.servers, rollout_init_handles = start_rollout_servers(args, pg)
         if rollout_init_handles:
             enginefsm.get(rollout_init_handles)
+        self.rollout_engine_lock = ray.remote(Lock).options(num_cpus=0.01).remote()
         self._health_monitors = []
         if args.use_fault_tolerance:
             for server in self.servers.values():
@@ -329,7 +331,7 @@ class RolloutManager:
         return enginefsm.get([engine.get_url.remote() for engine in self.rollout_engines if engine is not None])
 
     def get_updatable_engines_and_lock(self):
-        return self.rollout_engines, None
+        return self.rollout_engines, self.rollout_engine_lock
 
     def dispose(self):
         for monitor in self._health_monitors:
@@ -363,6 +365,21 @@ class RolloutManager:
         return sorted(worker["url"] for worker in listed)
 
 
+class Lock:
+    """What keeps two trainers from updating weights at once, as slime has it."""
+
+    def __init__(self):
+        self.is_held = False
+
+    def acquire(self):
+        was_held, self.is_held = self.is_held, True
+        return not was_held
+
+    def release(self):
+        assert self.is_held
+        self.is_held = False
+
+
 class Trainer:
     """A trainer's process: it has the engines from the manager, as plain handles, and updates their weights."""
 
@@ -375,10 +392,14 @@ class Trainer:
         self.rollout_manager = enginefsm.adopt(rollout_manager, name="rollout_manager", launch="__ray_ready__")
 
     def update_weights(self, model_path, weight_version):
-        rollout_engines, _ = enginefsm.get(self.rollout_manager.get_updatable_engines_and_lock.remote())
+        rollout_engines, lock = enginefsm.get(self.rollout_manager.get_updatable_engines_and_lock.remote())
+        lock = enginefsm.adopt(lock, name="rollout_engine_lock", launch="__ray_ready__")
         engines = enginefsm.slime.adopt_engines(rollout_engines)
+        while not enginefsm.get(lock.acquire.remote()):
+            time.sleep(0.1)
         enginefsm.get([engine.pause_generation.remote() for engine in engines])
         enginefsm.get([engine.flush_cache.remote() for engine in engines])
         enginefsm.get([engine.update_weights_from_disk.remote(model_path, weight_version) for engine in engines])
         enginefsm.get([engine.continue_generation.remote() for engine in engines])
+        enginefsm.get(lock.release.remote())
         return len(engines)

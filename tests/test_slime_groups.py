@@ -10,7 +10,7 @@ import pytest
 import ray
 
 import enginefsm
-from enginefsm import EngineState, slime
+from enginefsm import EngineState, Reason, slime
 
 
 class Plain:
@@ -159,6 +159,28 @@ def test_a_health_monitor_without_engines_says_so(monitor):
     assert not slime.RolloutHealthMonitor(empty, ARGS).start()
     empty.all_engines = [None, None]
     assert not slime.RolloutHealthMonitor(empty, ARGS).start()
+
+
+def test_a_wait_for_a_call_that_was_left_to_ray_shows_at_once(group, monitor):
+    ((_, engine), _) = slime.adopt_group(group, monitor=monitor)
+    with pytest.raises(ValueError, match="Call"):
+        ray.get(engine.init.remote())
+    with pytest.raises((TypeError, ValueError), match="Call"):
+        ray.get([engine.get_url.remote()])
+
+
+def test_a_pause_keeps_an_engine_that_was_given_up_without_a_verdict(group, monitor):
+    slime.adopt_group(group, monitor=monitor)
+    monitor.get([engine.init.remote() for engine in group.all_engines])
+    health = slime.RolloutHealthMonitor(group, ARGS)
+    assert health.start()
+    engine = group.all_engines[1]
+    assert engine.step(Reason.ACTOR_UNAVAILABLE)
+    assert engine.step(Reason.RETRY_EXHAUSTED)
+    health.pause()
+    assert group.all_engines[1] is engine
+    assert ray.get(engine.handle.get_url.remote()) is None
+    health.stop()
 
 
 def test_a_pause_ends_an_engine_that_is_known_to_be_dead(group, monitor):
