@@ -213,6 +213,9 @@ class EngineMonitor:
         except Exception:
             await self._flushing.run(self._flush_terminal, FLUSH_S)
             raise
+        except asyncio.CancelledError:
+            self._deliver_aside()
+            raise
         if self._events:
             await self._delivering.run(self._deliver_patiently, FLUSH_S)
         results = [values[one] for one in awaited]
