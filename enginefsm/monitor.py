@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import time
@@ -244,6 +245,9 @@ class EngineMonitor:
             values = await wait_on_loop(self._wait(), awaited, timeout, self._delivery.deliver_aside, self._doing)
         except Exception:
             await self._flushing.run(self._flush_terminal, FLUSH_S)
+            raise
+        except asyncio.CancelledError:
+            self._delivery.deliver_aside()
             raise
         await self._delivery.delivered()
         results = [values[one] for one in awaited]

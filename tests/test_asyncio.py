@@ -14,7 +14,7 @@ import uvloop
 from engines import AsyncEngine, Asyncio, AsyncWithoutEnginefsm, Doomed, Engine, GroupedAsync, wait_until
 from loops import Loop
 from ray import cloudpickle
-from ray.exceptions import RayTaskError, TaskCancelledError
+from ray.exceptions import GetTimeoutError, RayTaskError, TaskCancelledError
 
 import enginefsm
 from enginefsm import EngineState, RetryPolicy, chaos
@@ -77,7 +77,7 @@ def test_a_call_that_failed_raises_the_noted_exception_each_time_it_is_awaited(f
         assert "'engine-0'" in raised.value.__notes__[0]
 
 
-def test_whoever_awaits_one_failed_call_beside_others_has_an_exception_of_its_own(fleet, loop, no_noise):
+def test_whoever_awaits_one_failed_call_beside_others_has_an_exception_of_its_own(fleet, plain_loop, no_noise):
     rig = fleet.launch()
     call = rig.engine.init.remote("no")
 
@@ -87,7 +87,7 @@ def test_whoever_awaits_one_failed_call_beside_others_has_an_exception_of_its_ow
         rig.open()
         return await asyncio.gather(*tasks, return_exceptions=True)
 
-    errors = loop.run(all_of_them())
+    errors = plain_loop.run(all_of_them())
     assert len({id(error) for error in errors}) == 3
     assert [len(error.__notes__) for error in errors] == [1, 1, 1]
 
@@ -118,26 +118,26 @@ def test_the_module_s_gather_is_the_process_s_monitor_s(cluster, tmp_path, plain
     enginefsm.configure(export=[])
 
 
-async def cancelled_within_a_gather(call):
-    async with asyncio.timeout(0.3):
-        await asyncio.gather(call, call)
-
-
-@pytest.mark.parametrize(
-    "give_up",
-    [
-        lambda call: asyncio.wait_for(call, 0.3),
-        cancelled_within_a_gather,
-    ],
-    ids=["wait_for", "of a gather"],
-)
-def test_cancelling_leaves_the_call_to_be_awaited_again(fleet, plain_loop, no_noise, give_up):
+def test_a_timeout_however_it_is_given_leaves_the_call_to_be_awaited_again(fleet, plain_loop, no_noise):
     rig = fleet.launch(AsyncEngine)
     call = rig.engine.init.remote()
     rig.wait_for("begun")
-    for _ in range(3):
+
+    async def give_up():
         with pytest.raises(TimeoutError):
-            plain_loop.run(give_up(call))
+            await asyncio.wait_for(call, 0.2)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await asyncio.gather(call, call)
+        with pytest.raises(GetTimeoutError, match=r"0 of 1 calls.*\n.*'engine-0'"):
+            await fleet.monitor.gather(call, timeout=0.2)
+        task = asyncio.ensure_future(call)
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    plain_loop.run(give_up())
     rig.open()
     assert plain_loop.run(call) == "launched"
     assert rig.times_init_began() == 1
@@ -257,7 +257,7 @@ def test_concurrency_groups_and_limits_hold(fleet, plain_loop):
     rig.wait_for("begun")
     behind = rig.engine.times_init_ran.remote()
     assert plain_loop.run(rig.engine.health.remote()) == ray.get(rig.engine.handle.health.remote())
-    with pytest.raises(enginefsm.errors.GetTimeoutError):
+    with pytest.raises(GetTimeoutError):
         fleet.monitor.get(behind, timeout=0.5)
     rig.open()
     assert launch.result(60) == "launched"

@@ -16,19 +16,16 @@ ASYNC = ("gather", AsyncEngine, uvloop.new_event_loop)
 GOT = ("get", AsyncEngine, None)
 
 SHARED = {
-    "a_cut_before_init_runs_costs_nothing": [AWAITED],  # an asyncio engine does not wait for a busy one
     "a_cut_while_init_runs_costs_nothing": [AWAITED, ASYNC, GOT],
     "init_that_ends_while_its_reply_is_lost_gives_what_it_gave": [ASYNC],
     "init_that_raises_while_its_reply_is_lost_raises_the_original_once": [ASYNC],
     "two_cuts_in_one_launch_cost_nothing": [ASYNC],
-    "the_same_engines_come_up_and_none_is_recreated": [ASYNC],
-    "a_get_that_timed_out_is_called_again": [ASYNC],
-    "outcomes_that_arrived_are_forgotten_by_the_actor": [ASYNC, GOT],
+    "outcomes_that_arrived_are_forgotten_by_the_actor": [ASYNC],
     "a_plain_launch_reference_is_asked_after_by_the_probe": [ASYNC],
     "an_argument_that_failed_leaves_the_engine_as_it_was": [ASYNC],
     "a_killed_engine_fails_the_bringup_by_name_while_others_still_launch": [ASYNC],
     "an_engine_that_dies_while_it_is_re_awaited_is_dead": [ASYNC],
-    "an_error_of_init_is_raised_on_the_first_attempt": [AWAITED, ASYNC],
+    "an_error_of_init_is_raised_on_the_first_attempt": [ASYNC],
     "the_death_of_a_peer_inside_a_method_is_not_the_engine_s": [ASYNC],
     "an_actor_restarted_while_init_runs_does_not_run_it_again": [ASYNC],
     "a_frozen_engine_runs_into_the_launch_deadline_which_names_all_that_still_launch": [AWAITED],
