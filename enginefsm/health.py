@@ -39,6 +39,9 @@ STALLED_S = 1.0
 STOP_S = 5.0
 EARLIEST = 0.8
 """The next probe comes after this share of the interval at the earliest, and after the whole of it at the latest."""
+BEAT_S = 0.5
+"""Probes that are due within so long, or a fifth of a shorter interval, are sent together: each wakes several of Ray's
+threads, and to wake them costs more than what they then do."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -234,7 +237,7 @@ class HealthMonitor:
                 await one.rest_until(math.inf)
             return 0.0
         self._present(one)
-        first_at = opening.at + random.uniform(0, self._settings.interval_s)
+        first_at = self._on_the_beat(opening.at + random.uniform(0, self._settings.interval_s), earliest=opening.at)
         one.patience_until = first_at + self._settings.timeout_s
         one.opening = opening
         return first_at
@@ -265,7 +268,7 @@ class HealthMonitor:
         self._fleet.metrics.probed(engine.labels, outcome, time.monotonic() - probe.sent_at)
         if outcome in _NOT_WELL and not (probe.opening == opening and self._goes_on(opening)):
             return 0.0  # an engine that was put to sleep, or was about to be, may well refuse
-        next_at = max(time.monotonic(), probe.sent_at + self._pause_s())
+        next_at = max(time.monotonic(), self._on_the_beat(probe.sent_at + self._pause_s()))
         if outcome is Outcome.SUCCEEDED:
             await self._well(one, engine, probe, opening, next_at)
         elif outcome is Outcome.METHOD_FAILED:
@@ -472,6 +475,11 @@ class HealthMonitor:
 
     def _pause_s(self) -> float:
         return self._settings.interval_s * random.uniform(EARLIEST, 1.0)
+
+    def _on_the_beat(self, at: float, earliest: float = 0.0) -> float:
+        """The last beat at which probes are sent that is not after `at`."""
+        beat_s = min(BEAT_S, self._settings.interval_s / 5)
+        return max(earliest, at // beat_s * beat_s)
 
     def _count(self, one: _Watched, check: Check) -> None:
         self._fleet.metrics.checked(one.engine.labels, check, self._says(one))
