@@ -231,8 +231,14 @@ class HealthMonitor:
     def _goes_on(self, opening: _Opening) -> bool:
         return not self._stopped and self._opening == opening
 
+    def _deliver(self) -> None:
+        try:
+            self._fleet.deliver()
+        except BaseException:  # a listener that exits would only end this thread
+            logger.exception("a listener has ended the delivery of an event")
+
     def _announce(self) -> None:
-        self._fleet.deliver()
+        self._deliver()
         for line in self._court.news():
             logger.warning("%s", line)
 
@@ -437,7 +443,7 @@ class HealthMonitor:
     def _tell(self) -> None:
         """Hand verdicts to the callback, in order."""
         while (verdict := self._verdicts.get()) is not None:
-            self._fleet.deliver()  # listeners hear of the end first
+            self._deliver()  # listeners hear of the end first
             if verdict.by_monitor and verdict.cause is not None:
                 name, cause, server = verdict.engine.name, verdict.cause, verdict.server
                 logger.error("engine %s was given up: %s (its server: %s)", name, cause, server)

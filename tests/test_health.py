@@ -576,6 +576,20 @@ def test_a_callback_that_raises_or_exits_is_logged_and_counted_and_the_next_verd
         assert any(rig.engine.name in record.getMessage() for record in lines_of(caplog, "failed on the end"))
 
 
+def test_a_listener_that_exits_ends_no_watch(fleet, watch, caplog):
+    rigs = bring_up(fleet, 2)
+
+    def leave(event):
+        if isinstance(event, enginefsm.Transition) and event.to_state is UNAVAILABLE:
+            raise SystemExit(1)
+
+    fleet.monitor.add_listener(leave)
+    watch([rig.engine for rig in rigs], failure_threshold=1000)
+    rigs[0].open("ill")
+    wait_until(lambda: lines_of(caplog, "a listener has ended"), what="the exit")
+    wait_for_probes(rigs[1], 5)
+
+
 def test_a_callback_that_blocks_keeps_nobody_else_from_being_probed_and_may_be_left_behind(fleet, watch):
     rigs = bring_up(fleet, 2)
     began, let_go = threading.Event(), threading.Event()
