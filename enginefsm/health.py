@@ -292,6 +292,7 @@ class HealthMonitor:
         else:
             engine.observe(outcome, launches=False, submitted_at=probe.sent_at)
             self._count(one, Check.DEAD if engine.state is EngineState.DEAD else Check.LOST)
+            self._see(one, engine, heard_at=time.monotonic())
             self._present(one)
             self._look_for_end(one, opening)
         return next_at

@@ -452,6 +452,17 @@ def test_no_more_than_a_quarter_is_given_up_at_a_time_and_the_rest_comes_back_wh
     assert [verdict.engine for verdict in verdicts.given] == [rigs[0].engine]
 
 
+def test_an_engine_whose_probes_ray_refuses_keeps_no_other_from_being_given_up(fleet, watch, verdicts):
+    (ill,), (full,) = bring_up(fleet), bring_up(fleet, max_pending_calls=1)
+    busy = full.engine.handle.hold.remote()
+    watch([ill.engine, full.engine], on_dead=verdicts)
+    wait_until(lambda: checks(fleet, "lost") >= 2, what="refused probes")
+    ill.open("ill")
+    assert verdicts.wait_for().engine is ill.engine
+    full.open("let_go")
+    ray.get(busy)
+
+
 def test_deaths_that_ray_reports_are_not_held(fleet, watch, verdicts):
     rigs = bring_up(fleet, 2)
     watch([rig.engine for rig in rigs], on_dead=verdicts)
