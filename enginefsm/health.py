@@ -435,7 +435,8 @@ class HealthMonitor:
 
     def _pass_verdict(self, one: _Watched, engine: MonitoredEngine) -> None:
         for member in one.group.members:
-            member.told = self._fleet.engine(member.name) or member.engine
+            # The one that died, though its name may have been given to another by now.
+            member.told = engine if member is one else self._fleet.engine(member.name) or member.engine
         self._court.drop(one.group)
         engines = tuple(member.told for member in one.group.members if member.told is not None)
         by_monitor = engine.reason in GIVEN_UP
