@@ -152,8 +152,10 @@ class RolloutHealthMonitor:
         self._watch.pause()
         self._end(lambda engine: engine.state is EngineState.DEAD and engine.reason not in _MAY_LIVE)
         until = time.monotonic() + VERDICT_S  # a verdict may be on its way here
-        while self._has_given_up() and (self._ending.locked() or time.monotonic() < until):
+        while self._has_given_up() and time.monotonic() < until:
             time.sleep(PAUSE_S)
+            if self._ending.locked():  # and the next one behind it
+                until = time.monotonic() + VERDICT_S
 
     def resume(self) -> None:
         """Check from now on, after the first wait."""

@@ -196,3 +196,34 @@ def test_a_pause_ends_an_engine_that_is_known_to_be_dead(group, monitor):
     assert group.all_engines[0].state is EngineState.READY
     assert group.all_engines[1] is None
     health.stop()
+
+
+def test_a_pause_waits_for_the_verdicts_that_are_behind_one_another(group, monitor, monkeypatch):
+    group.all_engines.append(start())
+    slime.adopt_group(group, monitor=monitor)
+    engines = list(group.all_engines)
+    health = slime.RolloutHealthMonitor(group, ARGS)
+    assert health.start()
+    begun = threading.Event()
+
+    def shut_down(_):
+        begun.set()
+        time.sleep(slime.VERDICT_S + 0.5)
+
+    def tell():
+        for engine in engines:
+            health._judged(SimpleNamespace(engines=(engine,)))
+            time.sleep(0.3)  # a slow listener hears of the next one first
+
+    monkeypatch.setattr(slime, "_shut_down", shut_down)
+    for engine in engines:
+        engine.step(Reason.RETRY_EXHAUSTED)
+    telling = threading.Thread(target=tell)
+    telling.start()
+    assert begun.wait(30)
+    health.pause()
+    assert group.all_engines == [None, None, None]
+    telling.join()
+    health.stop()
+    for engine in engines:
+        ray.kill(engine.handle)
