@@ -18,6 +18,7 @@ from ray.exceptions import RayTaskError, TaskCancelledError
 
 import enginefsm
 from enginefsm import EngineState, RetryPolicy, chaos
+from enginefsm.delivery import PATIENCE_S
 
 LAUNCHING, READY, UNAVAILABLE, DEAD = EngineState
 
@@ -176,6 +177,33 @@ def test_several_loops_and_threads_await_one_call_through_a_cut(fleet, no_noise)
     assert (call.attempt, rig.times_init_began()) == (1, 1)
     for each in loops:
         each.close()
+
+
+def test_an_exit_from_a_listener_passes_to_who_awaits_and_the_next_is_told_of_as_before(fleet):
+    rig = fleet.launch(AsyncEngine)
+    rig.open()
+    met = []
+
+    def exits(event):
+        if not met and getattr(event, "to_state", None) is READY:
+            met.append(event)
+            raise SystemExit(3)
+
+    fleet.monitor.add_listener(exits)
+
+    async def launch():
+        return await rig.engine.init.remote()
+
+    async def ask():
+        began = time.monotonic()
+        return await rig.engine.times_init_ran.remote(), time.monotonic() - began
+
+    with pytest.raises(SystemExit):
+        asyncio.run(launch())
+    value, took_s = asyncio.run(ask())
+    assert value == 1
+    assert took_s < PATIENCE_S
+    assert [each.method for each in fleet.outcomes(rig.engine)] == ["init", "times_init_ran"]
 
 
 class Manager:
