@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from ray import ObjectRef
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, RayError, RaySystemError
 
+from enginefsm import _ray_handles
 from enginefsm.arrivals import Raised
 from enginefsm.calls import Awaited, PlainRef, says_dropped, says_restarted
 from enginefsm.engine import MonitoredEngine
@@ -55,6 +56,7 @@ class Wait:
         self.watched: dict[ObjectRef[Any], list[Awaited]] = {}
         """The references that are out, and whose they are."""
         self._resting: list[Awaited] = []
+        self._session = _ray_handles.session()
 
     def take_up(self, one: Awaited) -> None:
         """Wait for `one`, too."""
@@ -180,6 +182,13 @@ class Wait:
         self.values[one] = value
         del self.open[one]
         one.settle(answered=True)
+
+    def session_ended(self) -> Exception | None:
+        """What to raise when Ray was shut down: it tells nothing of what was out then, and would be started anew."""
+        if _ray_handles.session() is self._session:
+            return None
+        one = next(iter(self.open))
+        return _noted(one, RaySystemError(f"Ray was shut down while {one.method}() of {one.engine.name!r} was out"))
 
     def given_up(self) -> Exception | None:
         """The verdict on an engine that was given up, by whichever thread, while a call made before was still out."""

@@ -29,6 +29,8 @@ QUEUED_A_TURN = 8
 GATHER_S = 2e-5  # a reference
 MOST_GATHER_S = 0.05
 GATHER_FROM = 100
+LOOK_S = 5.0
+"""How long a wait goes on before it looks whether Ray was shut down, of which nobody is told."""
 
 
 class Pace:
@@ -148,11 +150,11 @@ async def wait_on_loop(
             wait.take_up(one)
             one.engine.when_given_up(inbox.wake)
         while wait.open:
-            failure = wait.given_up()
+            failure = wait.session_ended() or wait.given_up()
             if failure is None:
                 if wait.resubmission_due():
                     await lane.run(wait.resubmit_due)
-                await inbox.sleep(min(wait.wake_at(), give_up_at))
+                await inbox.sleep(min(wait.wake_at(), give_up_at, time.monotonic() + LOOK_S))
                 failure = await _take_all(wait, inbox, turn)
             if failure is None and wait.is_late():
                 failure = await lane.run(wait.launch_deadline)

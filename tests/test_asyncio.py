@@ -361,3 +361,15 @@ def test_an_engine_that_its_constructor_makes_ready_launches_by_ray_s_own_method
     with pytest.raises(ray.exceptions.ActorDiedError, match="no such GPU"):
         plain_loop.run(engine.__ray_ready__.remote())
     assert (engine.state, engine.reason) == (DEAD, enginefsm.Reason.CONSTRUCTOR_FAILED)
+
+
+def test_who_awaits_when_ray_is_shut_down_is_told_so(clusters, tmp_path, plain_loop):
+    clusters.use()
+    monitor = enginefsm.EngineMonitor()
+    engine = monitor.adopt(ray.remote(Engine).options(num_cpus=0).remote(str(tmp_path)), name="one")
+    waiting = plain_loop.start(engine.init.remote())
+    wait_until((tmp_path / "begun").exists)
+    clusters.close()
+    with pytest.raises(ray.exceptions.RaySystemError, match=r"Ray was shut down while init\(\) of 'one' was out"):
+        waiting.result(30)
+    assert not ray.is_initialized()
