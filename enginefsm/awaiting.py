@@ -45,8 +45,8 @@ class Wait:
         self._fleet = fleet
         self._emit = emit
         self._look = look
-        self.expect: Callable[[Awaited], None] = lambda _: None
-        """Told of each whose newest reference is watched from now on."""
+        self.expect: Callable[[Awaited, ObjectRef[Any]], None] = lambda _one, _ref: None
+        """Told of each reference that is watched from now on, and whose it is."""
         self.values: dict[Awaited, Any] = {}
         """Of what has ended."""
         self.open: dict[Awaited, None] = {}
@@ -103,13 +103,14 @@ class Wait:
         return next((failure for failure in failures if failure is not None), None)
 
     def _watch_or_rest(self, one: Awaited) -> None:
+        ref = one.ref  # read once: another wait may submit it again at any moment
         if one.resubmit_at is not None:
             self._resting.append(one)
-        elif one.ref in self.watched:
-            self.watched[one.ref].append(one)
+        elif ref in self.watched:
+            self.watched[ref].append(one)
         else:
-            self.watched[one.ref] = [one]
-            self.expect(one)
+            self.watched[ref] = [one]
+            self.expect(one, ref)
 
     def _take(self, one: Awaited, ref: ObjectRef[Any], value: Any) -> Exception | None:
         with one.lock:

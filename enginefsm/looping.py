@@ -17,7 +17,6 @@ from typing import Any
 
 from ray import ObjectRef
 
-from enginefsm.arrivals import Arrival
 from enginefsm.awaiting import Wait
 from enginefsm.calls import Awaited
 from enginefsm.lane import Lane
@@ -142,7 +141,7 @@ async def wait_on_loop(
     done in `lane`.
     """
     inbox, turn = _Inbox(), pace()
-    wait.expect = lambda one: one.tell(inbox)
+    wait.expect = lambda one, ref: one.tell(inbox, ref)
     give_up_at = float("inf") if timeout_s is None else time.monotonic() + timeout_s
     try:
         for one in awaited:
@@ -182,11 +181,7 @@ async def _take_all(wait: Wait, inbox: _Inbox, turn: Pace) -> Exception | None:
         await asyncio.sleep(min(len(wait.watched) * GATHER_S, MOST_GATHER_S))
     for ref in inbox.again():
         await turn()
-        one = wait.watched[ref][0]
-        if one.ref == ref:
-            one.tell(inbox)
-        else:
-            Arrival(ref, inbox)  # another wait has submitted it again since
+        wait.watched[ref][0].tell(inbox, ref)
     for ref, outcome in inbox.outcomes():
         await turn()
         found = wait.take(ref, outcome)

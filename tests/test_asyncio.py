@@ -17,7 +17,7 @@ from ray import cloudpickle
 from ray.exceptions import RayTaskError, TaskCancelledError
 
 import enginefsm
-from enginefsm import EngineState, RetryPolicy, chaos
+from enginefsm import Call, EngineState, RetryPolicy, chaos
 from enginefsm.delivery import PATIENCE_S
 
 LAUNCHING, READY, UNAVAILABLE, DEAD = EngineState
@@ -177,6 +177,22 @@ def test_several_loops_and_threads_await_one_call_through_a_cut(fleet, no_noise)
     assert (call.attempt, rig.times_init_began()) == (1, 1)
     for each in loops:
         each.close()
+
+
+def test_a_call_that_another_wait_submits_again_just_as_it_is_watched_is_followed(fleet, plain_loop, monkeypatch):
+    rig = fleet.launch(AsyncEngine)
+    rig.open()
+    call, tell = rig.engine.init.remote(), Call.tell
+
+    def submitted_again_first(self, *args):
+        monkeypatch.undo()
+        self.resubmit_at = 0.0
+        self.resubmit(time.monotonic())
+        tell(self, *args)
+
+    monkeypatch.setattr("enginefsm.calls.Awaited.tell", submitted_again_first)
+    assert plain_loop.run(call) == "launched"
+    assert (call.attempt, rig.times_init_began()) == (1, 1)
 
 
 def test_an_exit_from_a_listener_passes_to_who_awaits_and_the_next_is_told_of_as_before(fleet):
