@@ -36,6 +36,7 @@ logger = logging.getLogger("enginefsm")
 
 STALLED_S = 1.0
 """A timer that is so late tells that this process was stopped, and says nothing of engines."""
+TICK_S = 0.5
 STOP_S = 5.0
 EARLIEST = 0.8
 """The next probe comes after this share of the interval at the earliest, and after the whole of it at the latest."""
@@ -118,6 +119,7 @@ class HealthMonitor:
         self._lock = threading.Lock()  # around the opening, and around a verdict and what it rests on
         self._opening = _Opening(0, time.monotonic() + settings.first_wait_s)
         self._stopped = False
+        self._stops = 0  # how often this process was found to have been stopped, or kept from running
         self._loop = asyncio.new_event_loop()
         self._verdicts: queue.SimpleQueue[Verdict | None] = queue.SimpleQueue()
         self._threads = [
@@ -199,11 +201,18 @@ class HealthMonitor:
             self._loop.close()
 
     async def _watch(self) -> None:
+        self._tick(time.monotonic())
         asking = [asyncio.ensure_future(self._ask_server(group)) for group in self._groups if self._settings.url]
         await asyncio.gather(*(self._tend(one) for one in self._watched))
         for task in asking:
             task.cancel()
         await asyncio.gather(*asking, return_exceptions=True)
+
+    def _tick(self, due_at: float) -> None:
+        """Notice that this process was stopped: before anything that it then does, as timers go before tasks."""
+        now = time.monotonic()
+        self._stops += now - due_at >= STALLED_S
+        self._loop.call_later(TICK_S, self._tick, now + TICK_S)
 
     async def _tend(self, one: _Watched) -> None:
         """Check one actor, until the end."""
@@ -222,8 +231,14 @@ class HealthMonitor:
     def _goes_on(self, opening: _Opening) -> bool:
         return not self._stopped and self._opening == opening
 
+    def _deliver(self) -> None:
+        try:
+            self._fleet.deliver()
+        except BaseException:  # a listener that exits would only end this thread
+            logger.exception("a listener has ended the delivery of an event")
+
     def _announce(self) -> None:
-        self._fleet.deliver()
+        self._deliver()
         for line in self._court.news():
             logger.warning("%s", line)
 
@@ -249,8 +264,7 @@ class HealthMonitor:
         if engine is None or not ray.is_initialized():  # to call an actor, Ray would start a cluster of its own
             self._look_for_end(one, opening)
             return next_at
-        if one.outages_ended != self._court.outages_ended:
-            one.outages_ended, one.course = self._court.outages_ended, Course()
+        self._counts_anew(one)
         if one.probe is None:
             one.probe = self._send(one, engine, opening)
             one.patience_until = one.probe.sent_at + self._settings.timeout_s
@@ -278,6 +292,7 @@ class HealthMonitor:
         else:
             engine.observe(outcome, launches=False, submitted_at=probe.sent_at)
             self._count(one, Check.DEAD if engine.state is EngineState.DEAD else Check.LOST)
+            self._see(one, engine, heard_at=time.monotonic())
             self._present(one)
             self._look_for_end(one, opening)
         return next_at
@@ -381,8 +396,11 @@ class HealthMonitor:
 
     def _judge(self, one: _Watched, engine: MonitoredEngine, opening: _Opening) -> None:
         """A check has failed: give the engine up, if that is due and nothing holds it."""
-        now, since = time.monotonic(), one.course.since
+        now = time.monotonic()
         self._see(one, engine, heard_at=now)
+        if self._counts_anew(one):
+            return
+        since = one.course.since
         is_due = one.course.is_due(self._settings.failure_threshold, self._fleet.policy.budget_s, now)
         if since is None or not is_due:
             return
@@ -392,6 +410,14 @@ class HealthMonitor:
             if self._court.rule(one.group, engine.name, since, now) is Ruling.GIVEN and engine.give_up():
                 self._see(one, engine)
                 self._pass_verdict(one, engine)
+
+    def _counts_anew(self, one: _Watched) -> bool:
+        """Forget failures from before the end of a mass outage, or of a stop of this process; say whether it did."""
+        ends = (self._court.outages_ended, self._stops)
+        if one.ends == ends:
+            return False
+        one.ends, one.course = ends, Course()
+        return True
 
     def _look_for_end(self, one: _Watched, opening: _Opening) -> None:
         """Tell of an engine that was found dead, by whomever."""
@@ -409,7 +435,8 @@ class HealthMonitor:
 
     def _pass_verdict(self, one: _Watched, engine: MonitoredEngine) -> None:
         for member in one.group.members:
-            member.told = self._fleet.engine(member.name) or member.engine
+            # The one that died, though its name may have been given to another by now.
+            member.told = engine if member is one else self._fleet.engine(member.name) or member.engine
         self._court.drop(one.group)
         engines = tuple(member.told for member in one.group.members if member.told is not None)
         by_monitor = engine.reason in GIVEN_UP
@@ -418,7 +445,7 @@ class HealthMonitor:
     def _tell(self) -> None:
         """Hand verdicts to the callback, in order."""
         while (verdict := self._verdicts.get()) is not None:
-            self._fleet.deliver()  # listeners hear of the end first
+            self._deliver()  # listeners hear of the end first
             if verdict.by_monitor and verdict.cause is not None:
                 name, cause, server = verdict.engine.name, verdict.cause, verdict.server
                 logger.error("engine %s was given up: %s (its server: %s)", name, cause, server)
@@ -531,7 +558,8 @@ class _Watched:
         self.course = Course()
         self.opening: _Opening | None = None
         """The one that it has begun."""
-        self.outages_ended = 0
+        self.ends = (0, 0)
+        """How many mass outages and stops had ended when its failures began to be counted."""
         self.question: _Question | None = None
         self.probe: _Asked | None = None
         """The question as it was put last, while there is no answer."""

@@ -12,6 +12,7 @@ import time
 import psutil
 import pytest
 import ray
+from conftest import Fleet, Rig
 from engines import Probed, wait_until
 
 import enginefsm
@@ -375,6 +376,62 @@ def test_a_process_that_was_stopped_itself_holds_that_against_nobody(fleet, watc
     assert verdicts.given == []
 
 
+class Observer:
+    """A manager that watches one engine."""
+
+    def __init__(self, directory):
+        (directory / "manager.pid").write_text(str(os.getpid()))
+        self.fleet, self.verdicts = Fleet(directory, enginefsm.RetryPolicy(budget_s=4, cap_s=0.5)), Verdicts()
+        (self.rig,) = bring_up(self.fleet)
+        settings = FAST | {"timeout_s": 30}
+        self.fleet.monitor.watch([self.rig.engine], on_dead=self.verdicts, **settings)
+
+    def told(self):
+        return [str(to) for _, to, _ in self.fleet.steps(self.rig.engine)], len(self.verdicts.given)
+
+
+def test_the_time_for_which_a_process_was_stopped_is_no_part_of_an_outage(cluster, tmp_path):
+    observer = ray.remote(num_cpus=0)(Observer).remote(tmp_path)
+    rig = Rig(None, tmp_path / "0")
+    wait_until(lambda: rig.read("probes"), what="the first probe")
+    manager = int((tmp_path / "manager.pid").read_text())
+
+    def states():
+        return ray.get(observer.told.remote())[0]
+
+    rig.open("slow")
+    wait_for_probes(rig)
+    wait_until(lambda: chaos.cut(rig.pid, manager), what="a connection to cut")
+    wait_until(lambda: states()[-1] == "unavailable", what="the notice of the cut")
+    time.sleep(0.5)  # more than the longest pause: the next probe is out, behind the one that is slow
+    with chaos.freeze(manager):
+        assert chaos.cut(rig.pid, manager)
+        time.sleep(6)  # more than the budget
+    time.sleep(0.5)  # the loss of that probe is noticed
+    heal(rig, "slow")
+    wait_until(lambda: states()[-1] != "unavailable", what="the end of the outage")
+    assert ray.get(observer.told.remote()) == (["launching", "ready", "unavailable", "ready"], 0)
+    ray.kill(observer)
+
+
+def test_the_last_engine_to_come_back_from_a_mass_outage_is_counted_anew(fleet, watch, verdicts):
+    rigs = bring_up(fleet, 3)
+    watch([rig.engine for rig in rigs], on_dead=verdicts, interval_s=1.0, timeout_s=1.0, failure_threshold=4)
+    for rig in rigs:
+        wait_for_probes(rig)
+    frozen = [chaos.freeze(rig.pid) for rig in rigs]
+    wait_until(lambda: held(fleet, "mass_outage") == 3, what="all verdicts held")
+    for one in frozen[:2]:
+        one.thaw()
+    for rig in rigs[:2]:
+        fleet.wait_for_state(rig.engine, READY, 2)
+    silent = checks(fleet, "silent")
+    wait_until(lambda: checks(fleet, "silent") > silent, what="one failure more of the last")
+    frozen[2].thaw()
+    fleet.wait_for_state(rigs[2].engine, READY, 2)
+    assert verdicts.given == []
+
+
 def test_no_more_than_a_quarter_is_given_up_at_a_time_and_the_rest_comes_back_when_it_is_well(
     fleet, watch, verdicts, caplog
 ):
@@ -393,6 +450,17 @@ def test_no_more_than_a_quarter_is_given_up_at_a_time_and_the_rest_comes_back_wh
     fleet.wait_for_state(rigs[1].engine, READY, 2)
     assert held(fleet, "kill_cap") == 0
     assert [verdict.engine for verdict in verdicts.given] == [rigs[0].engine]
+
+
+def test_an_engine_whose_probes_ray_refuses_keeps_no_other_from_being_given_up(fleet, watch, verdicts):
+    (ill,), (full,) = bring_up(fleet), bring_up(fleet, max_pending_calls=1)
+    busy = full.engine.handle.hold.remote()
+    watch([ill.engine, full.engine], on_dead=verdicts)
+    wait_until(lambda: checks(fleet, "lost") >= 2, what="refused probes")
+    ill.open("ill")
+    assert verdicts.wait_for().engine is ill.engine
+    full.open("let_go")
+    ray.get(busy)
 
 
 def test_deaths_that_ray_reports_are_not_held(fleet, watch, verdicts):
@@ -517,6 +585,20 @@ def test_a_callback_that_raises_or_exits_is_logged_and_counted_and_the_next_verd
     wait_until(lambda: fleet.metric("enginefsm_export_errors_total", sink="fail") == 2, what="the count of failures")
     for rig in rigs:
         assert any(rig.engine.name in record.getMessage() for record in lines_of(caplog, "failed on the end"))
+
+
+def test_a_listener_that_exits_ends_no_watch(fleet, watch, caplog):
+    rigs = bring_up(fleet, 2)
+
+    def leave(event):
+        if isinstance(event, enginefsm.Transition) and event.to_state is UNAVAILABLE:
+            raise SystemExit(1)
+
+    fleet.monitor.add_listener(leave)
+    watch([rig.engine for rig in rigs], failure_threshold=1000)
+    rigs[0].open("ill")
+    wait_until(lambda: lines_of(caplog, "a listener has ended"), what="the exit")
+    wait_for_probes(rigs[1], 5)
 
 
 def test_a_callback_that_blocks_keeps_nobody_else_from_being_probed_and_may_be_left_behind(fleet, watch):
