@@ -24,6 +24,11 @@ def temp_dir() -> str:
     return tempfile.gettempdir() if node is None else str(node.get_temp_dir_path())
 
 
+def session() -> object:
+    """What stays the same until Ray is shut down, and is another when it is started again; None without Ray."""
+    return ray._private.worker._global_node
+
+
 def actor_instance() -> Any | None:
     """The actor in whose process this is; None elsewhere."""
     return next(iter(ray._private.worker.global_worker.actors.values()), None)

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from ray import ObjectRef
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, RayError, RaySystemError
 
+from enginefsm import _ray_handles
 from enginefsm.arrivals import Raised
 from enginefsm.calls import Awaited, PlainRef, says_dropped, says_restarted
 from enginefsm.engine import MonitoredEngine
@@ -44,8 +45,8 @@ class Wait:
         self._fleet = fleet
         self._emit = emit
         self._look = look
-        self.expect: Callable[[Awaited], None] = lambda _: None
-        """Told of each whose newest reference is watched from now on."""
+        self.expect: Callable[[Awaited, ObjectRef[Any]], None] = lambda _one, _ref: None
+        """Told of each reference that is watched from now on, and whose it is."""
         self.values: dict[Awaited, Any] = {}
         """Of what has ended."""
         self.open: dict[Awaited, None] = {}
@@ -55,6 +56,7 @@ class Wait:
         self.watched: dict[ObjectRef[Any], list[Awaited]] = {}
         """The references that are out, and whose they are."""
         self._resting: list[Awaited] = []
+        self._session = _ray_handles.session()
 
     def take_up(self, one: Awaited) -> None:
         """Wait for `one`, too."""
@@ -101,13 +103,14 @@ class Wait:
         return next((failure for failure in failures if failure is not None), None)
 
     def _watch_or_rest(self, one: Awaited) -> None:
+        ref = one.ref  # read once: another wait may submit it again at any moment
         if one.resubmit_at is not None:
             self._resting.append(one)
-        elif one.ref in self.watched:
-            self.watched[one.ref].append(one)
+        elif ref in self.watched:
+            self.watched[ref].append(one)
         else:
-            self.watched[one.ref] = [one]
-            self.expect(one)
+            self.watched[ref] = [one]
+            self.expect(one, ref)
 
     def _take(self, one: Awaited, ref: ObjectRef[Any], value: Any) -> Exception | None:
         with one.lock:
@@ -180,6 +183,13 @@ class Wait:
         self.values[one] = value
         del self.open[one]
         one.settle(answered=True)
+
+    def session_ended(self) -> Exception | None:
+        """What to raise when Ray was shut down: it tells nothing of what was out then, and would be started anew."""
+        if _ray_handles.session() is self._session:
+            return None
+        one = next(iter(self.open))
+        return _noted(one, RaySystemError(f"Ray was shut down while {one.method}() of {one.engine.name!r} was out"))
 
     def given_up(self) -> Exception | None:
         """The verdict on an engine that was given up, by whichever thread, while a call made before was still out."""

@@ -28,7 +28,7 @@ def wait_blocking(
         for one in awaited:
             wait.take_up(one)
         while wait.open:
-            failure = wait.given_up()
+            failure = wait.session_ended() or wait.given_up()
             if failure is None:
                 wait.resubmit_due()
                 ready = _ready(wait, give_up_at, busy=busy)

@@ -210,10 +210,13 @@ class Awaited:
             if left_at is not None and self.failing is not None:
                 self.failing.since += time.monotonic() - left_at
 
-    def tell(self, taker: Taker) -> None:
-        """Have `taker` told of the outcome of the newest submission."""
-        if self._arrival is None or self._arrival.ref != self.ref or not self._arrival.tell(taker):
-            self._arrival = Arrival(self.ref, taker)
+    def tell(self, taker: Taker, ref: ObjectRef[Any]) -> None:
+        """Have `taker` told of the outcome of `ref`: the newest submission, or one that it took for the newest."""
+        arrival = self._arrival
+        if arrival is None or arrival.ref != ref or not arrival.tell(taker):
+            arrival = Arrival(ref, taker)
+            if ref == self.ref:
+                self._arrival = arrival
 
     def forget(self, taker: Taker) -> None:
         """The taker waits no longer."""

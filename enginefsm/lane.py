@@ -65,7 +65,7 @@ class Lane:
             value, error = None, None
             try:
                 value = act()
-            except Exception as exception:  # noqa: BLE001  it is for whoever asked
+            except BaseException as exception:  # noqa: BLE001  an exit, too, is for whoever asked, and ends no lane
                 error = exception
             if error is not None and not answers:
                 logger.error("%s failed", act, exc_info=error)
@@ -76,7 +76,7 @@ class Lane:
             del act, answers, value, error  # not to be kept alive by a thread that waits
 
 
-def _give(answers: list[asyncio.Future[Any]], value: Any, error: Exception | None) -> None:
+def _give(answers: list[asyncio.Future[Any]], value: Any, error: BaseException | None) -> None:
     for answer in answers:
         if not answer.done():  # else nobody waits any more
             answer.set_result(value) if error is None else answer.set_exception(error)

@@ -17,7 +17,6 @@ from typing import Any
 
 from ray import ObjectRef
 
-from enginefsm.arrivals import Arrival
 from enginefsm.awaiting import Wait
 from enginefsm.calls import Awaited
 from enginefsm.lane import Lane
@@ -29,6 +28,8 @@ QUEUED_A_TURN = 8
 GATHER_S = 2e-5  # a reference
 MOST_GATHER_S = 0.05
 GATHER_FROM = 100
+LOOK_S = 5.0
+"""How long a wait goes on before it looks whether Ray was shut down, of which nobody is told."""
 
 
 class Pace:
@@ -140,7 +141,7 @@ async def wait_on_loop(
     done in `lane`.
     """
     inbox, turn = _Inbox(), pace()
-    wait.expect = lambda one: one.tell(inbox)
+    wait.expect = lambda one, ref: one.tell(inbox, ref)
     give_up_at = float("inf") if timeout_s is None else time.monotonic() + timeout_s
     try:
         for one in awaited:
@@ -148,11 +149,11 @@ async def wait_on_loop(
             wait.take_up(one)
             one.engine.when_given_up(inbox.wake)
         while wait.open:
-            failure = wait.given_up()
+            failure = wait.session_ended() or wait.given_up()
             if failure is None:
                 if wait.resubmission_due():
                     await lane.run(wait.resubmit_due)
-                await inbox.sleep(min(wait.wake_at(), give_up_at))
+                await inbox.sleep(min(wait.wake_at(), give_up_at, time.monotonic() + LOOK_S))
                 failure = await _take_all(wait, inbox, turn)
             if failure is None and wait.is_late():
                 failure = await lane.run(wait.launch_deadline)
@@ -180,11 +181,7 @@ async def _take_all(wait: Wait, inbox: _Inbox, turn: Pace) -> Exception | None:
         await asyncio.sleep(min(len(wait.watched) * GATHER_S, MOST_GATHER_S))
     for ref in inbox.again():
         await turn()
-        one = wait.watched[ref][0]
-        if one.ref == ref:
-            one.tell(inbox)
-        else:
-            Arrival(ref, inbox)  # another wait has submitted it again since
+        wait.watched[ref][0].tell(inbox, ref)
     for ref, outcome in inbox.outcomes():
         await turn()
         found = wait.take(ref, outcome)

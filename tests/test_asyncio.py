@@ -17,7 +17,8 @@ from ray import cloudpickle
 from ray.exceptions import GetTimeoutError, RayTaskError, TaskCancelledError
 
 import enginefsm
-from enginefsm import EngineState, RetryPolicy, chaos
+from enginefsm import Call, EngineState, RetryPolicy, chaos
+from enginefsm.delivery import PATIENCE_S
 
 LAUNCHING, READY, UNAVAILABLE, DEAD = EngineState
 
@@ -178,6 +179,49 @@ def test_several_loops_and_threads_await_one_call_through_a_cut(fleet, no_noise)
         each.close()
 
 
+def test_a_call_that_another_wait_submits_again_just_as_it_is_watched_is_followed(fleet, plain_loop, monkeypatch):
+    rig = fleet.launch(AsyncEngine)
+    rig.open()
+    call, tell = rig.engine.init.remote(), Call.tell
+
+    def submitted_again_first(self, *args):
+        monkeypatch.undo()
+        self.resubmit_at = 0.0
+        self.resubmit(time.monotonic())
+        tell(self, *args)
+
+    monkeypatch.setattr("enginefsm.calls.Awaited.tell", submitted_again_first)
+    assert plain_loop.run(call) == "launched"
+    assert (call.attempt, rig.times_init_began()) == (1, 1)
+
+
+def test_an_exit_from_a_listener_passes_to_who_awaits_and_the_next_is_told_of_as_before(fleet):
+    rig = fleet.launch(AsyncEngine)
+    rig.open()
+    met = []
+
+    def exits(event):
+        if not met and getattr(event, "to_state", None) is READY:
+            met.append(event)
+            raise SystemExit(3)
+
+    fleet.monitor.add_listener(exits)
+
+    async def launch():
+        return await rig.engine.init.remote()
+
+    async def ask():
+        began = time.monotonic()
+        return await rig.engine.times_init_ran.remote(), time.monotonic() - began
+
+    with pytest.raises(SystemExit):
+        asyncio.run(launch())
+    value, took_s = asyncio.run(ask())
+    assert value == 1
+    assert took_s < PATIENCE_S
+    assert [each.method for each in fleet.outcomes(rig.engine)] == ["init", "times_init_ran"]
+
+
 class Manager:
     """An embedder that is an asyncio actor itself."""
 
@@ -333,3 +377,15 @@ def test_an_engine_that_its_constructor_makes_ready_launches_by_ray_s_own_method
     with pytest.raises(ray.exceptions.ActorDiedError, match="no such GPU"):
         plain_loop.run(engine.__ray_ready__.remote())
     assert (engine.state, engine.reason) == (DEAD, enginefsm.Reason.CONSTRUCTOR_FAILED)
+
+
+def test_who_awaits_when_ray_is_shut_down_is_told_so(clusters, tmp_path, plain_loop):
+    clusters.use()
+    monitor = enginefsm.EngineMonitor()
+    engine = monitor.adopt(ray.remote(Engine).options(num_cpus=0).remote(str(tmp_path)), name="one")
+    waiting = plain_loop.start(engine.init.remote())
+    wait_until((tmp_path / "begun").exists)
+    clusters.close()
+    with pytest.raises(ray.exceptions.RaySystemError, match=r"Ray was shut down while init\(\) of 'one' was out"):
+        waiting.result(30)
+    assert not ray.is_initialized()
