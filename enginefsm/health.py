@@ -30,7 +30,7 @@ from enginefsm.outcomes import Outcome, classify
 from enginefsm.policy import RetryPolicy, is_finite, is_whole
 from enginefsm.serving import Address, Server, ask
 from enginefsm.states import GIVEN_UP, EngineState, Reason
-from enginefsm.verdicts import Check, Course, Court, Ruling
+from enginefsm.verdicts import Check, Decision, FailureCount, VerdictLimits
 
 logger = logging.getLogger("enginefsm")
 
@@ -95,7 +95,7 @@ class Fleet:
     """The newest engine of a name."""
     policy: RetryPolicy
     metrics: FleetMetrics
-    court: Court
+    limits: VerdictLimits
     deliver: Callable[[], object]
     """Tells listeners; called when engines may have moved."""
 
@@ -111,25 +111,25 @@ class HealthMonitor:
         on_dead: Callable[[Verdict], object] | None,
     ) -> None:
         self._fleet = fleet
-        self._court = fleet.court
+        self._limits = fleet.limits
         self._settings = settings
         self._on_dead = on_dead
         self._groups = [_Group(engines) for engines in groups]
         self._watched = [one for group in self._groups for one in group.members]
-        self._lock = threading.Lock()  # around the opening, and around a verdict and what it rests on
-        self._opening = _Opening(0, time.monotonic() + settings.first_wait_s)
+        self._lock = threading.Lock()  # around the phase, and around a verdict and what it rests on
+        self._phase = _Phase(0, time.monotonic() + settings.first_wait_s)
         self._stopped = False
         self._stops = 0  # how often this process was found to have been stopped, or kept from running
         self._loop = asyncio.new_event_loop()
         self._verdicts: queue.SimpleQueue[Verdict | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._run, name="enginefsm-health", daemon=True),
-            threading.Thread(target=self._tell, name="enginefsm-verdicts", daemon=True),
+            threading.Thread(target=self._call_back, name="enginefsm-verdicts", daemon=True),
         ]
         if on_dead is not None:
             fleet.metrics.expect_listener(on_dead)
         for one in self._watched:
-            fleet.court.enter(one, one.group, self)
+            fleet.limits.add(one, one.group, self)
             fleet.metrics.expect_checks(one.engine.labels)
         _ends.tell_before(self._end)
         for thread in self._threads:
@@ -143,7 +143,7 @@ class HealthMonitor:
     @property
     def paused(self) -> bool:
         """Whether it is paused."""
-        return self._opening.at is None
+        return self._phase.at is None
 
     @property
     def stopped(self) -> bool:
@@ -153,16 +153,16 @@ class HealthMonitor:
     def pause(self) -> None:
         """Send no more probes, and give no more verdicts, until `resume`. Returns at once."""
         with self._lock:
-            if self._opening.at is not None:
-                self._opening = _Opening(self._opening.number + 1, None)
-        self._in_loop(self._ring_all)
+            if self._phase.at is not None:
+                self._phase = _Phase(self._phase.number + 1, None)
+        self._in_loop(self._wake_all)
 
     def resume(self) -> None:
         """Go on, after `first_wait_s`, with every count at 0. Does nothing when it is not paused."""
         with self._lock:
-            if self._opening.at is None:
-                self._opening = _Opening(self._opening.number + 1, time.monotonic() + self._settings.first_wait_s)
-        self._in_loop(self._ring_all)
+            if self._phase.at is None:
+                self._phase = _Phase(self._phase.number + 1, time.monotonic() + self._settings.first_wait_s)
+        self._in_loop(self._wake_all)
 
     def stop(self, timeout_s: float = STOP_S) -> None:
         """End for good: afterwards nothing is probed, and no callback begins. Stopping twice does nothing.
@@ -177,22 +177,22 @@ class HealthMonitor:
             is_first, self._stopped = not self._stopped, True
         if is_first:
             _ends.forget(self._end)
-            self._in_loop(self._ring_all)
+            self._in_loop(self._wake_all)
             self._verdicts.put(None)
         until = time.monotonic() + timeout_s
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(max(0.0, until - time.monotonic()))
         for one in self._watched:
-            self._court.leave(one)
+            self._limits.remove(one)
 
     def _in_loop(self, act: Callable[[], object]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(act)
 
-    def _ring_all(self) -> None:
+    def _wake_all(self) -> None:
         for one in self._watched:
-            one.ring()
+            one.wake()
 
     def _run(self) -> None:
         try:
@@ -203,7 +203,7 @@ class HealthMonitor:
     async def _watch(self) -> None:
         self._tick(time.monotonic())
         asking = [asyncio.ensure_future(self._ask_server(group)) for group in self._groups if self._settings.url]
-        await asyncio.gather(*(self._tend(one) for one in self._watched))
+        await asyncio.gather(*(self._watch_actor(one) for one in self._watched))
         for task in asking:
             task.cancel()
         await asyncio.gather(*asking, return_exceptions=True)
@@ -214,22 +214,22 @@ class HealthMonitor:
         self._stops += now - due_at >= STALLED_S
         self._loop.call_later(TICK_S, self._tick, now + TICK_S)
 
-    async def _tend(self, one: _Watched) -> None:
+    async def _watch_actor(self, one: _Watched) -> None:
         """Check one actor, until the end."""
         while not self._stopped:
-            opening = self._opening
+            phase = self._phase
             try:
-                next_at = await (self._check(one, opening) if one.opening == opening else self._begin(one, opening))
+                next_at = await (self._check(one, phase) if one.phase == phase else self._begin(one, phase))
             except Exception:  # of this library: all others, and this one later, are checked all the same
                 logger.exception("the check of engine %s failed", one.name)
-                self._court.see(one, living=False)
+                self._limits.update(one, living=False)
                 next_at = time.monotonic() + self._settings.interval_s
-            self._announce()
-            while time.monotonic() < next_at and self._goes_on(opening):
-                await one.rest_until(next_at)
+            self._deliver_and_log()
+            while time.monotonic() < next_at and self._is_current(phase):
+                await one.sleep_until(next_at)
 
-    def _goes_on(self, opening: _Opening) -> bool:
-        return not self._stopped and self._opening == opening
+    def _is_current(self, phase: _Phase) -> bool:
+        return not self._stopped and self._phase == phase
 
     def _deliver(self) -> None:
         try:
@@ -237,212 +237,212 @@ class HealthMonitor:
         except BaseException:  # a listener that exits would only end this thread
             logger.exception("a listener has ended the delivery of an event")
 
-    def _announce(self) -> None:
+    def _deliver_and_log(self) -> None:
         self._deliver()
-        for line in self._court.news():
+        for line in self._limits.messages():
             logger.warning("%s", line)
 
-    async def _begin(self, one: _Watched, opening: _Opening) -> float:
+    async def _begin(self, one: _Watched, phase: _Phase) -> float:
         """After a start, a pause or a resume: give when the first check is due. Everything is counted anew."""
-        self._court.drop(one.group)
-        one.course, one.attempts, one.group.said = Course(), 0, Server.UNKNOWN
-        if opening.at is None:
-            self._court.see(one, living=False)
-            while self._goes_on(opening):
-                await one.rest_until(math.inf)
+        self._limits.clear(one.group)
+        one.failures, one.attempts, one.group.said = FailureCount(), 0, Server.UNKNOWN
+        if phase.at is None:
+            self._limits.update(one, living=False)
+            while self._is_current(phase):
+                await one.sleep_until(math.inf)
             return 0.0
-        self._present(one)
-        first_at = self._on_the_beat(opening.at + random.uniform(0, self._settings.interval_s), earliest=opening.at)
-        one.patience_until = first_at + self._settings.timeout_s
-        one.opening = opening
+        self._current_engine(one)
+        first_at = self._on_the_beat(phase.at + random.uniform(0, self._settings.interval_s), earliest=phase.at)
+        one.overdue_at = first_at + self._settings.timeout_s
+        one.phase = phase
         return first_at
 
-    async def _check(self, one: _Watched, opening: _Opening) -> float:
+    async def _check(self, one: _Watched, phase: _Phase) -> float:
         """Ask an actor how it is, and take in what it says; give when to look at it again."""
         next_at = time.monotonic() + self._pause_s()
-        engine = self._present(one)
+        engine = self._current_engine(one)
         if engine is None or not ray.is_initialized():  # to call an actor, Ray would start a cluster of its own
-            self._look_for_end(one, opening)
+            self._report_if_dead(one, phase)
             return next_at
         self._counts_anew(one)
         if one.probe is None:
-            one.probe = self._send(one, engine, opening)
-            one.patience_until = one.probe.sent_at + self._settings.timeout_s
+            one.probe = self._send(one, engine, phase)
+            one.overdue_at = one.probe.sent_at + self._settings.timeout_s
         probe = one.probe
         if one.is_node_0 and self._settings.url is not None:
             one.group.ask()
-        while not probe.answer.done() and time.monotonic() < one.patience_until and self._goes_on(opening):
-            await one.rest_until(one.patience_until)
+        while not probe.answer.done() and time.monotonic() < one.overdue_at and self._is_current(phase):
+            await one.sleep_until(one.overdue_at)
         if not probe.answer.done():
-            if self._goes_on(opening):
-                self._silent(one, engine, probe, opening)
+            if self._is_current(phase):
+                self._silent(one, engine, probe, phase)
             return 0.0
         one.probe = None
         outcome = _outcome(probe, engine)
         self._fleet.metrics.probed(engine.labels, outcome, time.monotonic() - probe.sent_at)
-        if outcome in _NOT_WELL and not (probe.opening == opening and self._goes_on(opening)):
+        if outcome in _NOT_WELL and not (probe.phase == phase and self._is_current(phase)):
             return 0.0  # an engine that was put to sleep, or was about to be, may well refuse
         next_at = max(time.monotonic(), self._on_the_beat(probe.sent_at + self._pause_s()))
         if outcome is Outcome.SUCCEEDED:
-            await self._well(one, engine, probe, opening, next_at)
+            await self._well(one, engine, probe, phase, next_at)
         elif outcome is Outcome.METHOD_FAILED:
-            self._refused(one, engine, probe, opening)
+            self._refused(one, engine, probe, phase)
         elif outcome is Outcome.ACTOR_UNAVAILABLE:
-            return self._unavailable(one, engine, probe, opening)
+            return self._unavailable(one, engine, probe, phase)
         else:
             engine.observe(outcome, launches=False, submitted_at=probe.sent_at)
             self._count(one, Check.DEAD if engine.state is EngineState.DEAD else Check.LOST)
-            self._see(one, engine, heard_at=time.monotonic())
-            self._present(one)
-            self._look_for_end(one, opening)
+            self._update_limits(one, engine, heard_at=time.monotonic())
+            self._current_engine(one)
+            self._report_if_dead(one, phase)
         return next_at
 
-    def _present(self, one: _Watched) -> MonitoredEngine | None:
+    def _current_engine(self, one: _Watched) -> MonitoredEngine | None:
         """The engine that has the name now, if it is at work."""
         engine = self._fleet.engine(one.name)
         if engine is not None and engine is not one.engine:
             one.succeed(engine)
             self._fleet.metrics.expect_checks(engine.labels)
-            self._court.drop(one.group)
-        if engine is None or engine is one.told or engine.is_launching or engine.state is EngineState.DEAD:
-            self._court.see(one, living=False)
+            self._limits.clear(one.group)
+        if engine is None or engine is one.reported or engine.is_launching or engine.state is EngineState.DEAD:
+            self._limits.update(one, living=False)
             return None
-        self._see(one, engine)
+        self._update_limits(one, engine)
         return engine
 
-    def _see(self, one: _Watched, engine: MonitoredEngine, heard_at: float | None = None) -> None:
+    def _update_limits(self, one: _Watched, engine: MonitoredEngine, heard_at: float | None = None) -> None:
         state = engine.state
-        self._court.see(
+        self._limits.update(
             one,
             living=state is not EngineState.DEAD,
             unavailable=state is EngineState.UNAVAILABLE,
             heard_at=heard_at,
         )
 
-    def _send(self, one: _Watched, engine: MonitoredEngine, opening: _Opening) -> _Asked:
-        if one.question is None or one.question.engine is not engine:
-            one.question = _Question(engine, self._settings.probe, self._settings.timeout_s)
-        return _Asked(one.question, opening, lambda: self._in_loop(one.ring))
+    def _send(self, one: _Watched, engine: MonitoredEngine, phase: _Phase) -> _PlainCall:
+        if one.method is None or one.method.engine is not engine:
+            one.method = _Method(engine, self._settings.probe, self._settings.timeout_s)
+        return _PlainCall(one.method, phase, lambda: self._in_loop(one.wake))
 
-    def _silent(self, one: _Watched, engine: MonitoredEngine, probe: _Asked, opening: _Opening) -> None:
+    def _silent(self, one: _Watched, engine: MonitoredEngine, probe: _PlainCall, phase: _Phase) -> None:
         """No answer, for the timeout or for one interval more."""
         now = time.monotonic()
-        if now - one.patience_until >= STALLED_S:
-            one.patience_until = now + self._settings.timeout_s
+        if now - one.overdue_at >= STALLED_S:
+            one.overdue_at = now + self._settings.timeout_s
             return
-        one.patience_until = now + self._pause_s()
+        one.overdue_at = now + self._pause_s()
         says = one.group.opinion
         if probe.is_behind_a_call() and says is not Server.FAILS:
             self._count(one, Check.BUSY)
-            self._see(one, engine, heard_at=now)
+            self._update_limits(one, engine, heard_at=now)
             return
         self._count(one, Check.SILENT)
         probe.counted = says is not Server.SERVES
         engine.suspect(Reason.PROBE_TIMEOUT, probe.sent_at)
-        one.course.failed(Reason.PROBE_TIMEOUT, now, counts=probe.counted)
-        self._judge(one, engine, opening)
+        one.failures.add(Reason.PROBE_TIMEOUT, now, counts=probe.counted)
+        self._give_up_if_due(one, engine, phase)
 
-    def _refused(self, one: _Watched, engine: MonitoredEngine, probe: _Asked, opening: _Opening) -> None:
+    def _refused(self, one: _Watched, engine: MonitoredEngine, probe: _PlainCall, phase: _Phase) -> None:
         """The actor says that all is not well."""
         one.attempts = 0
         self._count(one, Check.FAILED)
         if probe.counted:
-            one.course.cause = Reason.PROBE_FAILED  # for its silence; the answer is not a failure more
+            one.failures.cause = Reason.PROBE_FAILED  # for its silence; the answer is not a failure more
         else:
             engine.suspect(Reason.PROBE_FAILED, probe.sent_at)
-            one.course.failed(Reason.PROBE_FAILED, time.monotonic(), counts=True)
-        self._judge(one, engine, opening)
+            one.failures.add(Reason.PROBE_FAILED, time.monotonic(), counts=True)
+        self._give_up_if_due(one, engine, phase)
 
-    def _unavailable(self, one: _Watched, engine: MonitoredEngine, probe: _Asked, opening: _Opening) -> float:
+    def _unavailable(self, one: _Watched, engine: MonitoredEngine, probe: _PlainCall, phase: _Phase) -> float:
         """The connection to the actor broke. It is tried again by the policy; give when."""
         now, policy = time.monotonic(), self._fleet.policy
         self._count(one, Check.UNAVAILABLE)
         engine.observe(Outcome.ACTOR_UNAVAILABLE, launches=False, submitted_at=probe.sent_at)
-        one.course.failed(Reason.ACTOR_UNAVAILABLE, now, counts=False)
-        self._judge(one, engine, opening)
+        one.failures.add(Reason.ACTOR_UNAVAILABLE, now, counts=False)
+        self._give_up_if_due(one, engine, phase)
         one.attempts += 1
         next_at = now + min(policy.pause_s(one.attempts), self._settings.interval_s)
-        ends_at = (one.course.since or now) + policy.budget_s
+        ends_at = (one.failures.since or now) + policy.budget_s
         return min(next_at, ends_at) if now < ends_at else next_at
 
     async def _well(
-        self, one: _Watched, engine: MonitoredEngine, probe: _Asked, opening: _Opening, next_at: float
+        self, one: _Watched, engine: MonitoredEngine, probe: _PlainCall, phase: _Phase, next_at: float
     ) -> None:
         """The actor says that all is well. What its server says counts for node 0, whose server it is."""
         group, asks = one.group, one.is_node_0 and self._settings.url is not None
         if not asks or group.said is not Server.FAILS:
             self._recovered(one, engine, probe)
-            self._announce()
-        while asks and group.is_asking and time.monotonic() < next_at and self._goes_on(opening):
-            await one.rest_until(next_at)
+            self._deliver_and_log()
+        while asks and group.is_asking and time.monotonic() < next_at and self._is_current(phase):
+            await one.sleep_until(next_at)
         self._count(one, Check.ANSWERED)
-        if not asks or not self._goes_on(opening):
+        if not asks or not self._is_current(phase):
             return
         if group.opinion is Server.FAILS:
             engine.suspect(Reason.PROBE_FAILED, probe.sent_at)
-            one.course.failed(Reason.PROBE_FAILED, time.monotonic(), counts=True)
-            self._judge(one, engine, opening)
+            one.failures.add(Reason.PROBE_FAILED, time.monotonic(), counts=True)
+            self._give_up_if_due(one, engine, phase)
         elif group.said is not Server.FAILS:
             self._recovered(one, engine, probe)
         else:
-            self._see(one, engine, heard_at=time.monotonic())  # its server failed, and has not answered since
+            self._update_limits(one, engine, heard_at=time.monotonic())  # its server failed, and has not answered since
 
-    def _recovered(self, one: _Watched, engine: MonitoredEngine, probe: _Asked) -> None:
-        one.course, one.attempts = Course(), 0
+    def _recovered(self, one: _Watched, engine: MonitoredEngine, probe: _PlainCall) -> None:
+        one.failures, one.attempts = FailureCount(), 0
         engine.observe(Outcome.SUCCEEDED, launches=False, submitted_at=probe.sent_at, probed=True)
-        if all(member.course.since is None for member in one.group.members):
-            self._court.drop(one.group)
-        self._see(one, engine, heard_at=time.monotonic())
+        if all(member.failures.since is None for member in one.group.members):
+            self._limits.clear(one.group)
+        self._update_limits(one, engine, heard_at=time.monotonic())
 
-    def _judge(self, one: _Watched, engine: MonitoredEngine, opening: _Opening) -> None:
+    def _give_up_if_due(self, one: _Watched, engine: MonitoredEngine, phase: _Phase) -> None:
         """A check has failed: give the engine up, if that is due and nothing holds it."""
         now = time.monotonic()
-        self._see(one, engine, heard_at=now)
+        self._update_limits(one, engine, heard_at=now)
         if self._counts_anew(one):
             return
-        since = one.course.since
-        is_due = one.course.is_due(self._settings.failure_threshold, self._fleet.policy.budget_s, now)
+        since = one.failures.since
+        is_due = one.failures.is_due(self._settings.failure_threshold, self._fleet.policy.budget_s, now)
         if since is None or not is_due:
             return
         with self._lock:  # there is no verdict once pause() has returned
-            if not self._goes_on(opening) or engine.state is not EngineState.UNAVAILABLE:
+            if not self._is_current(phase) or engine.state is not EngineState.UNAVAILABLE:
                 return
-            if self._court.rule(one.group, engine.name, since, now) is Ruling.GIVEN and engine.give_up():
-                self._see(one, engine)
-                self._pass_verdict(one, engine)
+            if self._limits.decide(one.group, engine.name, since, now) is Decision.GIVEN and engine.give_up():
+                self._update_limits(one, engine)
+                self._give_verdict(one, engine)
 
     def _counts_anew(self, one: _Watched) -> bool:
         """Forget failures from before the end of a mass outage, or of a stop of this process; say whether it did."""
-        ends = (self._court.outages_ended, self._stops)
+        ends = (self._limits.outages_ended, self._stops)
         if one.ends == ends:
             return False
-        one.ends, one.course = ends, Course()
+        one.ends, one.failures = ends, FailureCount()
         return True
 
-    def _look_for_end(self, one: _Watched, opening: _Opening) -> None:
+    def _report_if_dead(self, one: _Watched, phase: _Phase) -> None:
         """Tell of an engine that was found dead, by whomever."""
         engine = self._fleet.engine(one.name)
         if engine is None or engine.state is not EngineState.DEAD or engine.reason is Reason.RELEASED:
             return
         with self._lock:
-            if engine is one.told or not self._goes_on(opening):
+            if engine is one.reported or not self._is_current(phase):
                 return
             if engine.reason in GIVEN_UP:  # by who awaited its calls: its actor may live, and would be killed
-                ruling = self._court.rule(one.group, engine.name, -math.inf, time.monotonic())
-                if ruling is not Ruling.GIVEN:
+                decision = self._limits.decide(one.group, engine.name, -math.inf, time.monotonic())
+                if decision is not Decision.GIVEN:
                     return
-            self._pass_verdict(one, engine)
+            self._give_verdict(one, engine)
 
-    def _pass_verdict(self, one: _Watched, engine: MonitoredEngine) -> None:
+    def _give_verdict(self, one: _Watched, engine: MonitoredEngine) -> None:
         for member in one.group.members:
             # The one that died, though its name may have been given to another by now.
-            member.told = engine if member is one else self._fleet.engine(member.name) or member.engine
-        self._court.drop(one.group)
-        engines = tuple(member.told for member in one.group.members if member.told is not None)
+            member.reported = engine if member is one else self._fleet.engine(member.name) or member.engine
+        self._limits.clear(one.group)
+        engines = tuple(member.reported for member in one.group.members if member.reported is not None)
         by_monitor = engine.reason in GIVEN_UP
-        self._verdicts.put(Verdict(engine, engines, engine.reason, by_monitor, one.course.cause, self._says(one)))
+        self._verdicts.put(Verdict(engine, engines, engine.reason, by_monitor, one.failures.cause, self._says(one)))
 
-    def _tell(self) -> None:
+    def _call_back(self) -> None:
         """Hand verdicts to the callback, in order."""
         while (verdict := self._verdicts.get()) is not None:
             self._deliver()  # listeners hear of the end first
@@ -473,7 +473,7 @@ class HealthMonitor:
                 logger.exception("the server of engine %s could not be asked", engine.name)
                 group.said = Server.UNKNOWN
             group.is_asking = False
-            node_0.ring()
+            node_0.wake()
 
     def _learn_address(self, group: _Group, engine: MonitoredEngine) -> None:
         """Ask the actor for its server's address: once, and again while nothing serves there, as it may have moved."""
@@ -484,8 +484,8 @@ class HealthMonitor:
             group.has_no_address = False
         if group.url is None:
             if not group.has_no_address and (group.address is None or group.said is Server.FAILS):
-                question = _Question(engine, url, self._settings.timeout_s)
-                group.url = _Asked(question, self._opening, lambda: None)
+                method = _Method(engine, url, self._settings.timeout_s)
+                group.url = _PlainCall(method, self._phase, lambda: None)
             return
         if not group.url.answer.done():
             return
@@ -515,7 +515,7 @@ class HealthMonitor:
         return Server.NOT_ASKED if self._settings.url is None else one.group.opinion
 
 
-class _Opening(NamedTuple):
+class _Phase(NamedTuple):
     """A time in which probes are sent, from `at` on (monotonic); a pause, if that is None."""
 
     number: int
@@ -533,7 +533,7 @@ class _Group:
         self.address: Address | None = None
         self.address_of: MonitoredEngine | None = None
         """The engine that the four around this are of."""
-        self.url: _Asked | None = None
+        self.url: _PlainCall | None = None
         self.has_no_address = False
 
     def ask(self) -> None:
@@ -555,21 +555,21 @@ class _Watched:
         self.name = engine.name
         self.group = group
         self.engine = engine
-        self.course = Course()
-        self.opening: _Opening | None = None
-        """The one that it has begun."""
+        self.failures = FailureCount()
+        self.phase: _Phase | None = None
+        """The one that its checks have begun."""
         self.ends = (0, 0)
         """How many mass outages and stops had ended when its failures began to be counted."""
-        self.question: _Question | None = None
-        self.probe: _Asked | None = None
-        """The question as it was put last, while there is no answer."""
-        self.patience_until = 0.0
+        self.method: _Method | None = None
+        self.probe: _PlainCall | None = None
+        """The call of it that is out."""
+        self.overdue_at = 0.0
         """When its silence is a failure, or one more."""
         self.attempts = 0
         """How many probes in a row found it unavailable."""
-        self.told: MonitoredEngine | None = None
-        """The incarnation whose end was told."""
-        self._bell: asyncio.Future[None] | None = None
+        self.reported: MonitoredEngine | None = None
+        """The incarnation whose end was reported."""
+        self._waiter: asyncio.Future[None] | None = None
 
     @property
     def is_node_0(self) -> bool:
@@ -578,27 +578,27 @@ class _Watched:
 
     def succeed(self, engine: MonitoredEngine) -> None:
         """Another actor has the name."""
-        self.engine, self.course, self.probe, self.attempts = engine, Course(), None, 0
+        self.engine, self.failures, self.probe, self.attempts = engine, FailureCount(), None, 0
 
-    async def rest_until(self, at: float) -> None:
+    async def sleep_until(self, at: float) -> None:
         """Wait until `at`, or until something happens to it."""
         loop = asyncio.get_running_loop()
-        self._bell = loop.create_future()
-        timer = None if at == math.inf else loop.call_later(max(0.0, at - time.monotonic()), self.ring)
+        self._waiter = loop.create_future()
+        timer = None if at == math.inf else loop.call_later(max(0.0, at - time.monotonic()), self.wake)
         try:
-            await self._bell
+            await self._waiter
         finally:
-            self._bell = None
+            self._waiter = None
             if timer is not None:
                 timer.cancel()
 
-    def ring(self) -> None:
+    def wake(self) -> None:
         """Something happened to it."""
-        if self._bell is not None and not self._bell.done():
-            self._bell.set_result(None)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
-class _Question:
+class _Method:
     """A method of one actor, to be called plainly, and time and again."""
 
     def __init__(self, engine: MonitoredEngine, method: str, timeout_s: float) -> None:
@@ -612,7 +612,7 @@ class _Question:
         # A retry of Ray's own would hide that the actor is unavailable.
         self._bound = bound.options(max_task_retries=0, retry_exceptions=False)
 
-    def put(self) -> Future[Any]:
+    def call(self) -> Future[Any]:
         """Call the method; its answer arrives by itself. What Ray says when it refuses the call is an answer."""
         try:
             answer: Future[Any] = self._bound.remote(**self._timeout).future()
@@ -622,23 +622,23 @@ class _Question:
         return answer
 
 
-class _Asked:
+class _PlainCall:
     """One call of a method, and its answer to come."""
 
-    def __init__(self, question: _Question, opening: _Opening, answered: Callable[[], object]) -> None:
-        self.opening = opening
+    def __init__(self, method: _Method, phase: _Phase, answered: Callable[[], object]) -> None:
+        self.phase = phase
         self.counted = False
         """Whether its silence was counted as a failure."""
-        self._question = question
-        self._calls_before = question.engine.ledger.calls
+        self._method = method
+        self._calls_before = method.engine.ledger.calls
         self.sent_at = time.monotonic()
-        self.answer = question.put()
+        self.answer = method.call()
         self.answer.add_done_callback(lambda _: answered())
 
     def is_behind_a_call(self) -> bool:
         """Whether a call of this monitor's that was made before it is out, and may keep the actor from answering."""
-        question = self._question
-        return question.waits_its_turn and question.engine.ledger.is_open(below=self._calls_before)
+        method = self._method
+        return method.waits_its_turn and method.engine.ledger.is_open(below=self._calls_before)
 
 
 _NOT_WELL = (Outcome.METHOD_FAILED, Outcome.ACTOR_UNAVAILABLE)
@@ -652,7 +652,7 @@ def _is_on_a_loop() -> bool:
     return True
 
 
-def _outcome(probe: _Asked, engine: MonitoredEngine) -> Outcome:
+def _outcome(probe: _PlainCall, engine: MonitoredEngine) -> Outcome:
     failure = probe.answer.exception()
     if failure is not None:
         return _says(failure, engine)

@@ -26,7 +26,7 @@ from enginefsm.events import CallOutcome, Event
 from enginefsm.outcomes import Outcome
 from enginefsm.serving import Server
 from enginefsm.states import EDGES, GIVEN_UP, EngineState, Reason, Transition
-from enginefsm.verdicts import HELD, Check, Ruling
+from enginefsm.verdicts import HELD, Check, Decision
 
 GROUP = ("run", "model", "worker_type")
 ENGINE = (*GROUP, "engine")
@@ -65,7 +65,7 @@ class FleetMetrics(Collector):
         self,
         run: str,
         engines: Callable[[], Sequence[EngineView]],
-        held: Callable[[], Mapping[Ruling, int]] = dict,
+        held: Callable[[], Mapping[Decision, int]] = dict,
     ) -> None:
         self.registry = CollectorRegistry(auto_describe=False)
         self._run = run

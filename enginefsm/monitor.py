@@ -30,7 +30,7 @@ from enginefsm.looping import pace, wait_on_loop
 from enginefsm.metrics import FleetMetrics, MetricsServer
 from enginefsm.policy import RestartCap, RetryPolicy
 from enginefsm.states import EngineRecord, EngineState, Reason, Transition
-from enginefsm.verdicts import Court
+from enginefsm.verdicts import VerdictLimits
 
 logger = logging.getLogger("enginefsm")
 
@@ -75,8 +75,8 @@ class EngineMonitor:
         # For event loops, which neither what takes its time nor the wait for exporters is to keep up.
         self._doing, self._flushing = Lane("doing"), Lane("flush")
         self._watches: list[HealthMonitor] = []
-        self._court = Court()
-        self.metrics = FleetMetrics(run, self.engines, self._court.held)
+        self._limits = VerdictLimits()
+        self.metrics = FleetMetrics(run, self.engines, self._limits.held)
         """What Prometheus is told."""
         self.stages = LaunchStages(self.engines)
         """How far Ray says that launches are, for those who tell of them."""
@@ -293,7 +293,7 @@ class EngineMonitor:
         groups = [list(one) if isinstance(one, Sequence) else [one] for one in engines]
         settings = Settings(probe, interval_s, timeout_s, failure_threshold, first_wait_s, url)
         check_watched(self, groups, probe, url, on_dead)
-        fleet = Fleet(self.engine, self.policy, self.metrics, self._court, self._delivery.deliver)
+        fleet = Fleet(self.engine, self.policy, self.metrics, self._limits, self._delivery.deliver)
         with self._lock:
             self._watches = [watch for watch in self._watches if not watch.stopped]
             taken = {name for watch in self._watches for name in watch.names}

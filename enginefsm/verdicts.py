@@ -37,7 +37,7 @@ class Check(StrEnum):
     """Ray lost or refused the probe, on this side."""
 
 
-class Ruling(StrEnum):
+class Decision(StrEnum):
     """What becomes of a verdict that is due."""
 
     GIVEN = "given"
@@ -49,16 +49,16 @@ class Ruling(StrEnum):
     """Held while too many have been given up lately."""
 
 
-HELD = (Ruling.MASS_OUTAGE, Ruling.KILL_CAP)
+HELD = (Decision.MASS_OUTAGE, Decision.KILL_CAP)
 
 
-class Course:
-    """How the checks of one actor go: its failures in a row. Not thread-safe."""
+class FailureCount:
+    """The failures in a row of one actor. Not thread-safe."""
 
-    __slots__ = ("cause", "counted", "failures", "since")
+    __slots__ = ("cause", "count", "counted", "since")
 
     def __init__(self) -> None:
-        self.failures = 0
+        self.count = 0
         """Those in a row that count."""
         self.since: float | None = None
         """When the first in the row came; None when the last check went well."""
@@ -67,21 +67,21 @@ class Course:
         self.counted = True
         """Whether the last failure counts."""
 
-    def failed(self, cause: Reason, now: float, *, counts: bool) -> None:
+    def add(self, cause: Reason, now: float, *, counts: bool) -> None:
         """A check failed. One that does not count says only that the outage goes on."""
         if self.since is None:
             self.since = now
         self.cause, self.counted = cause, counts
-        self.failures += counts
+        self.count += counts
 
     def is_due(self, threshold: int, budget_s: float, now: float) -> bool:
         """Whether the bounds are spent: the threshold, or, while failures do not count, the budget of the outage."""
         if self.since is None:
             return False
-        return self.failures >= threshold if self.counted else now - self.since >= budget_s
+        return self.count >= threshold if self.counted else now - self.since >= budget_s
 
 
-class _Standing:
+class _Actor:
     __slots__ = ("group", "heard_at", "living", "unavailable", "watch")
 
     def __init__(self, group: Hashable, watch: Hashable) -> None:
@@ -91,8 +91,8 @@ class _Standing:
         self.heard_at = float("-inf")
 
 
-class Court:
-    """Rules on verdicts that are due, of all the engines that one monitor watches. Thread-safe.
+class VerdictLimits:
+    """What holds verdicts that are due, of all the engines that one monitor watches. Thread-safe.
 
     An engine is a group of actors, mostly of one.
     """
@@ -101,106 +101,108 @@ class Court:
         self.outages_ended = 0
         """How many mass outages there were. When one has ended, failures are counted anew."""
         self._lock = threading.Lock()
-        self._standings: dict[Hashable, _Standing] = {}
+        self._actors: dict[Hashable, _Actor] = {}
         self._given_at: collections.deque[float] = collections.deque()
-        self._held: dict[Hashable, Ruling] = {}
+        self._held: dict[Hashable, Decision] = {}
         self._in_outage = False
-        self._news: list[str] = []
+        self._messages: list[str] = []
 
-    def enter(self, actor: Hashable, group: Hashable, watch: Hashable = None) -> None:
-        """Have an actor watched, by one watch of several; it counts for an engine at work once `see` says so."""
+    def add(self, actor: Hashable, group: Hashable, watch: Hashable = None) -> None:
+        """Have an actor watched, by one watch of several; it counts for an engine at work once `update` says so."""
         with self._lock:
-            self._standings[actor] = _Standing(group, watch)
+            self._actors[actor] = _Actor(group, watch)
 
-    def leave(self, actor: Hashable) -> None:
+    def remove(self, actor: Hashable) -> None:
         """Have an actor watched no more."""
         with self._lock:
-            standing = self._standings.pop(actor, None)
-            if standing is not None:
-                self._held.pop(standing.group, None)
-            self._look()
+            known = self._actors.pop(actor, None)
+            if known is not None:
+                self._held.pop(known.group, None)
+            self._check_mass_outage()
 
-    def see(self, actor: Hashable, *, living: bool, unavailable: bool = False, heard_at: float | None = None) -> None:
+    def update(
+        self, actor: Hashable, *, living: bool, unavailable: bool = False, heard_at: float | None = None
+    ) -> None:
         """Whether an actor is launched and not dead, whether it is unavailable, and when a check of it ended."""
         with self._lock:
-            standing = self._standings.get(actor)
-            if standing is None:
+            known = self._actors.get(actor)
+            if known is None:
                 return
             if heard_at is not None:
-                standing.heard_at = heard_at
-            if (standing.living, standing.unavailable) == (living, unavailable):
+                known.heard_at = heard_at
+            if (known.living, known.unavailable) == (living, unavailable):
                 return
-            standing.living, standing.unavailable = living, unavailable
-            self._look()
+            known.living, known.unavailable = living, unavailable
+            self._check_mass_outage()
 
-    def rule(self, group: Hashable, name: str, since: float, now: float) -> Ruling:
+    def decide(self, group: Hashable, name: str, since: float, now: float) -> Decision:
         """What becomes of the verdict on an engine, whose trouble began at `since`. GIVEN is counted as given."""
         with self._lock:
-            ruling = self._rule(group, since, now)
-            if ruling in HELD:
-                if ruling is Ruling.KILL_CAP and ruling not in self._held.values():
-                    self._news.append(
+            decision = self._decide(group, since, now)
+            if decision in HELD:
+                if decision is Decision.KILL_CAP and decision not in self._held.values():
+                    self._messages.append(
                         f"the verdict on engine {name} is held: {len(self._given_at)} of {self._watched()} watched "
                         f"engines were given up within {CAP_WINDOW_S:g} s, which is the most; look at what ails them"
                     )
-                self._held[group] = ruling
+                self._held[group] = decision
             else:
                 self._held.pop(group, None)
-            return ruling
+            return decision
 
-    def drop(self, group: Hashable) -> None:
+    def clear(self, group: Hashable) -> None:
         """No verdict on this engine is due any more."""
         with self._lock:
             self._held.pop(group, None)
 
-    def held(self) -> dict[Ruling, int]:
+    def held(self) -> dict[Decision, int]:
         """How many verdicts are held, by why."""
         with self._lock:
             counts = collections.Counter(self._held.values())
         return {why: counts[why] for why in HELD}
 
-    def _rule(self, group: Hashable, since: float, now: float) -> Ruling:
+    def _decide(self, group: Hashable, since: float, now: float) -> Decision:
         if self._in_outage:
-            return Ruling.MASS_OUTAGE
-        watches = {one.watch for one in self._standings.values() if one.group == group}
-        others = (one for one in self._standings.values() if one.watch in watches and one.group != group)
+            return Decision.MASS_OUTAGE
+        watches = {one.watch for one in self._actors.values() if one.group == group}
+        others = (one for one in self._actors.values() if one.watch in watches and one.group != group)
         if any(one.living and one.heard_at < since for one in others):
-            return Ruling.WAITS
+            return Decision.WAITS
         while self._given_at and now - self._given_at[0] >= CAP_WINDOW_S:
             self._given_at.popleft()
         if len(self._given_at) >= max(1, int(self._watched() * CAP_SHARE)):
-            return Ruling.KILL_CAP
+            return Decision.KILL_CAP
         self._given_at.append(now)
-        return Ruling.GIVEN
+        return Decision.GIVEN
 
     def _watched(self) -> int:
-        return len({one.group for one in self._standings.values()})
+        return len({one.group for one in self._actors.values()})
 
-    def news(self) -> list[str]:
+    def messages(self) -> list[str]:
         """What is to be told since the last call: a line whenever verdicts begin, or cease, to be held."""
         with self._lock:
-            news, self._news = self._news, []
-            return news
+            messages, self._messages = self._messages, []
+            return messages
 
-    def _look(self) -> None:
+    def _check_mass_outage(self) -> None:
         """Whether a mass outage has begun or ended."""
-        living = {one.group for one in self._standings.values() if one.living}
-        lost = {one.group for one in self._standings.values() if one.living and one.unavailable}
+        living = {one.group for one in self._actors.values() if one.living}
+        lost = {one.group for one in self._actors.values() if one.living and one.unavailable}
         is_mass = len(lost) >= LEAST_MASS and 2 * len(lost) > len(living)
         if is_mass == self._in_outage:
             return
         self._in_outage = is_mass
         if is_mass:
-            self._news.append(
+            self._messages.append(
                 f"{len(lost)} of {len(living)} watched engines are unavailable at once: the network, this process or "
                 f"the control plane is suspected, and no engine is given up until most can be reached again"
             )
             return
         self.outages_ended += 1
-        held = [group for group, why in self._held.items() if why is Ruling.MASS_OUTAGE]
+        held = [group for group, why in self._held.items() if why is Decision.MASS_OUTAGE]
         for group in held:
             del self._held[group]
-        self._news.append(
+        self._messages.append(
             f"{len(lost)} of {len(living)} watched engines are unavailable, no more than half: verdicts are given "
             f"again ({len(held)} had been held), and failures are counted anew"
         )

@@ -8,7 +8,7 @@ from enginefsm.export import Hub, hub
 from enginefsm.outcomes import Outcome
 from enginefsm.serving import Server
 from enginefsm.states import Reason
-from enginefsm.verdicts import Check, Ruling
+from enginefsm.verdicts import Check, Decision
 
 
 def launch_with_faults(glm):
@@ -50,7 +50,7 @@ def let_faults_happen(glm):
     for check, server, times in (("answered", "serves", 5), ("silent", "serves", 3), ("answered", "fails", 2)):
         for _ in range(times):
             glm.metrics.checked({"model": "tiny", "worker_type": "regular"}, Check(check), Server(server))
-    glm.held = {Ruling.KILL_CAP: 2}
+    glm.held = {Decision.KILL_CAP: 2}
     for _ in range(3):
         glm.metrics.event_dropped("hub")
     glm.step("gone", Reason.INIT_SUCCEEDED, s_ago=100)

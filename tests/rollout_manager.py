@@ -250,7 +250,7 @@ def start_rollout_servers(args, pg):
     return process, {"default": RolloutServer(groups, router_ip, router_port)}, pending
 
 
-class Teller:
+class StepLog:
     """Writes each transition to a file of the test's."""
 
     def __init__(self, directory, name):
@@ -273,7 +273,7 @@ class RolloutManager:
         enginefsm.configure(
             run="slime",
             policy=enginefsm.RetryPolicy(budget_s=args.budget_s, cap_s=2),
-            listeners=[Teller(args.directory, "steps")],
+            listeners=[StepLog(args.directory, "steps")],
             export=[],
         )
         self.router, self.servers, rollout_init_handles = start_rollout_servers(args, pg)
@@ -386,7 +386,7 @@ class Trainer:
     def __init__(self, directory):
         (Path(directory) / "trainer.pid").write_text(str(os.getpid()))
         policy = enginefsm.RetryPolicy(budget_s=60, cap_s=2)
-        enginefsm.configure(run="slime", policy=policy, listeners=[Teller(directory, "trainer.steps")], export=[])
+        enginefsm.configure(run="slime", policy=policy, listeners=[StepLog(directory, "trainer.steps")], export=[])
 
     def set_rollout_manager(self, rollout_manager):
         self.rollout_manager = enginefsm.adopt(rollout_manager, name="rollout_manager", launch="__ray_ready__")
