@@ -55,8 +55,8 @@ class Verdict:
     """All actors of the engine, that one included, node 0 first."""
     reason: Reason
     by_monitor: bool
-    """Whether it was given up, its bounds spent. Its actors may live: kill them before you replace them. Otherwise it
-    is Ray's word, or the engine's own."""
+    """Whether it was given up, its bounds spent: `engine` may live. Otherwise it is Ray's word, or the engine's own.
+    The engine's other actors may live either way: kill them all before you replace them."""
     cause: Reason | None
     """What the last check found: `actor_unavailable`, `probe_timeout` or `probe_failed`; None if that went well."""
     server: Server
