@@ -31,12 +31,12 @@ def wait_blocking(
             failure = wait.session_ended() or wait.given_up()
             if failure is None:
                 wait.resubmit_due()
-                ready = _ready(wait, give_up_at, busy=busy)
-                busy = bool(ready)
-                failure = _take_all(wait, ready)
+                found = ready(wait, give_up_at, busy=busy)
+                busy = bool(found)
+                failure = _take_all(wait, found)
                 if failure is None and wait.is_late():
                     failure = wait.launch_deadline()
-                del ready
+                del found
             deliver()
             if failure is None and wait.open and give_up_at is not None and time.monotonic() >= give_up_at:
                 assert timeout_s is not None
@@ -51,12 +51,12 @@ def wait_blocking(
         wait.leave()
 
 
-def _take_all(wait: Wait, ready: list[tuple[ObjectRef[Any], Any]]) -> Exception | None:
-    failures = [wait.take(ref, outcome) for ref, outcome in ready]
+def _take_all(wait: Wait, found: list[tuple[ObjectRef[Any], Any]]) -> Exception | None:
+    failures = [wait.take(ref, outcome) for ref, outcome in found]
     return next((failure for failure in failures if failure is not None), None)
 
 
-def _ready(wait: Wait, give_up_at: float | None, *, busy: bool) -> list[tuple[ObjectRef[Any], Any]]:
+def ready(wait: Wait, give_up_at: float | None, *, busy: bool) -> list[tuple[ObjectRef[Any], Any]]:
     """References that have an outcome, with it: a value, or an exception in a `Raised`."""
     wake_at = wait.wake_at() if give_up_at is None else min(wait.wake_at(), give_up_at)
     pause_s = min(LOOK_S, max(0.0, wake_at - time.monotonic()))
@@ -67,13 +67,13 @@ def _ready(wait: Wait, give_up_at: float | None, *, busy: bool) -> list[tuple[Ob
     # A look at many references costs about a microsecond each. With many open, those that come in soon after one
     # another are looked at together; a failure waits no longer than MOST_GATHER_S for that.
     gather_s = min(len(refs) * GATHER_S, MOST_GATHER_S)
-    ready = ray.wait(refs, num_returns=len(refs), timeout=gather_s)[0] if busy else []
-    if not ready:
-        ready = ray.wait(refs, num_returns=1, timeout=pause_s)[0]
+    found = ray.wait(refs, num_returns=len(refs), timeout=gather_s)[0] if busy else []
+    if not found:
+        found = ray.wait(refs, num_returns=1, timeout=pause_s)[0]
     try:
-        return list(zip(ready, ray.get(ready), strict=True)) if ready else []
+        return list(zip(found, ray.get(found), strict=True)) if found else []
     except Exception:  # noqa: BLE001  one of them failed: which, is asked of each
-        return [(ref, _outcome(ref)) for ref in ready]
+        return [(ref, _outcome(ref)) for ref in found]
 
 
 def _outcome(ref: ObjectRef[Any]) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 from ray import ObjectRef
 
 from enginefsm.awaiting import Wait
+from enginefsm.blocking import ready
 from enginefsm.calls import Awaited
 from enginefsm.lane import Lane
 
@@ -160,7 +161,9 @@ async def wait_on_loop(
             if failure is None and wait.open:
                 deliver()
             if failure is None and wait.open and timeout_s is not None and time.monotonic() >= give_up_at:
-                failure = await lane.run(functools.partial(wait.timed_out, timeout_s))
+                failure = await _take(wait, await lane.run(functools.partial(_complete, wait)), turn)
+                if failure is None and wait.open:
+                    failure = await lane.run(functools.partial(wait.timed_out, timeout_s))
             if failure is not None:
                 try:
                     raise failure
@@ -176,14 +179,23 @@ async def wait_on_loop(
 
 
 async def _take_all(wait: Wait, inbox: _Inbox, turn: Pace) -> Exception | None:
-    failure: Exception | None = None
     if len(wait.watched) > GATHER_FROM:  # what comes in soon after one another is looked at together
         await asyncio.sleep(min(len(wait.watched) * GATHER_S, MOST_GATHER_S))
     for ref in inbox.again():
         await turn()
         wait.watched[ref][0].tell(inbox, ref)
-    for ref, outcome in inbox.outcomes():
+    return await _take(wait, inbox.outcomes(), turn)
+
+
+async def _take(wait: Wait, outcomes: list[tuple[ObjectRef[Any], Any]] | None, turn: Pace) -> Exception | None:
+    failure: Exception | None = None
+    for ref, outcome in outcomes or ():
         await turn()
         found = wait.take(ref, outcome)
         failure = found if failure is None else failure
     return failure
+
+
+def _complete(wait: Wait) -> list[tuple[ObjectRef[Any], Any]]:
+    """What is there when time is up, though Ray's threads have not come with it yet: all, it may be, if that is 0 s."""
+    return ready(wait, time.monotonic(), busy=True)

@@ -106,6 +106,18 @@ def test_what_get_refuses_gather_refuses(fleet, plain_loop):
     assert plain_loop.run(call) == "launched"
 
 
+def test_what_is_there_is_given_though_there_is_no_time_to_wait(fleet, plain_loop):
+    rig = fleet.launch(AsyncEngine)
+    launch = rig.engine.init.remote()
+    with pytest.raises(GetTimeoutError, match="0 of 1 calls ended within 0 s"):
+        plain_loop.run(fleet.monitor.gather(launch, timeout=0))
+    rig.open()
+    for _ in range(20):
+        calls = [launch, *(rig.engine.times_init_ran.remote() for _ in range(10))]
+        ray.wait([call.ref for call in calls], num_returns=len(calls))
+        assert plain_loop.run(fleet.monitor.gather(calls, timeout=0)) == ["launched", *[1] * 10]
+
+
 def test_the_module_s_gather_is_the_process_s_monitor_s(cluster, tmp_path, plain_loop):
     enginefsm.configure(run="aio", export=[])
     engine = enginefsm.adopt(
