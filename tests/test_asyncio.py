@@ -112,6 +112,7 @@ def test_what_is_there_is_given_though_there_is_no_time_to_wait(fleet, plain_loo
     with pytest.raises(GetTimeoutError, match="0 of 1 calls ended within 0 s"):
         plain_loop.run(fleet.monitor.gather(launch, timeout=0))
     rig.open()
+    ray.wait([launch.ref])
     for _ in range(20):
         calls = [launch, *(rig.engine.times_init_ran.remote() for _ in range(10))]
         ray.wait([call.ref for call in calls], num_returns=len(calls))
