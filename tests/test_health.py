@@ -12,7 +12,6 @@ import time
 import psutil
 import pytest
 import ray
-from conftest import Fleet, Rig
 from engines import Probed, wait_until
 
 import enginefsm
@@ -376,42 +375,20 @@ def test_a_process_that_was_stopped_itself_holds_that_against_nobody(fleet, watc
     assert verdicts.given == []
 
 
-class Observer:
-    """A manager that watches one engine."""
-
-    def __init__(self, directory):
-        (directory / "manager.pid").write_text(str(os.getpid()))
-        self.fleet, self.verdicts = Fleet(directory, enginefsm.RetryPolicy(budget_s=4, cap_s=0.5)), Verdicts()
-        (self.rig,) = bring_up(self.fleet)
-        settings = FAST | {"timeout_s": 30}
-        self.fleet.monitor.watch([self.rig.engine], on_dead=self.verdicts, **settings)
-
-    def told(self):
-        return [str(to) for _, to, _ in self.fleet.steps(self.rig.engine)], len(self.verdicts.given)
-
-
-def test_the_time_for_which_a_process_was_stopped_is_no_part_of_an_outage(cluster, tmp_path):
-    observer = ray.remote(num_cpus=0)(Observer).remote(tmp_path)
-    rig = Rig(None, tmp_path / "0")
-    wait_until(lambda: rig.read("probes"), what="the first probe")
-    manager = int((tmp_path / "manager.pid").read_text())
-
-    def states():
-        return ray.get(observer.told.remote())[0]
-
-    rig.open("slow")
-    wait_for_probes(rig)
-    wait_until(lambda: chaos.cut(rig.pid, manager), what="a connection to cut")
-    wait_until(lambda: states()[-1] == "unavailable", what="the notice of the cut")
-    time.sleep(0.5)  # more than the longest pause: the next probe is out, behind the one that is slow
-    with chaos.freeze(manager):
-        assert chaos.cut(rig.pid, manager)
-        time.sleep(6)  # more than the budget
-    time.sleep(3)  # the loss of that probe is noticed
-    heal(rig, "slow")
-    wait_until(lambda: states()[-1] != "unavailable", what="the end of the outage")
-    assert ray.get(observer.told.remote()) == (["launching", "ready", "unavailable", "ready"], 0)
-    ray.kill(observer)
+def test_the_time_for_which_a_process_was_stopped_is_no_part_of_an_outage(cluster, make_fleet, verdicts):
+    fleet = make_fleet(enginefsm.RetryPolicy(budget_s=4))
+    rigs = bring_up(fleet, 2, Served)
+    settings = FAST | {"probe": "__ray_ready__", "url": "url"}
+    fleet.monitor.watch([rig.engine for rig in rigs], on_dead=verdicts, **settings)
+    wait_until(lambda: checks(fleet, "answered", "serves") >= 4, what="some checks")
+    with chaos.freeze(actor_pid(rigs[0])):
+        wait_until(lambda: checks(fleet, "silent", "serves") >= 2, what="silence")
+        ctypes.PyDLL(None).sleep(5)  # as above; more than the budget
+        before = checks(fleet, "silent", "serves")
+        wait_until(lambda: checks(fleet, "silent", "serves") >= before + 2, what="more silence")
+    fleet.wait_for_state(rigs[0].engine, READY, 2)
+    fleet.monitor.close()
+    assert verdicts.given == []
 
 
 def test_the_last_engine_to_come_back_from_a_mass_outage_is_counted_anew(fleet, watch, verdicts):
