@@ -16,21 +16,18 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from typing import Any, NamedTuple
 
 import ray
-from ray.actor import ActorMethod
-from ray.exceptions import RayError
 
-from enginefsm import _ends, _ray_handles
+from enginefsm import _ends
 from enginefsm.engine import MonitoredEngine
 from enginefsm.metrics import FleetMetrics
-from enginefsm.outcomes import Outcome, classify
+from enginefsm.outcomes import Outcome
 from enginefsm.policy import RetryPolicy, is_finite, is_whole
 from enginefsm.serving import Address, Server, ask
 from enginefsm.states import GIVEN_UP, EngineState, Reason
 from enginefsm.verdicts import Check, Decision, FailureCount, VerdictLimits
+from enginefsm.watched import Group, Method, Phase, PlainCall, Watched, outcome_of, what_it_says
 
 logger = logging.getLogger("enginefsm")
 
@@ -114,10 +111,10 @@ class HealthMonitor:
         self._limits = fleet.limits
         self._settings = settings
         self._on_dead = on_dead
-        self._groups = [_Group(engines) for engines in groups]
+        self._groups = [Group(engines) for engines in groups]
         self._watched = [one for group in self._groups for one in group.members]
         self._lock = threading.Lock()  # around the phase, and around a verdict and what it rests on
-        self._phase = _Phase(0, time.monotonic() + settings.first_wait_s)
+        self._phase = Phase(0, time.monotonic() + settings.first_wait_s)
         self._stopped = False
         self._stops = 0  # how often this process was found to have been stopped, or kept from running
         self._loop = asyncio.new_event_loop()
@@ -154,14 +151,14 @@ class HealthMonitor:
         """Send no more probes, and give no more verdicts, until `resume`. Returns at once."""
         with self._lock:
             if self._phase.at is not None:
-                self._phase = _Phase(self._phase.number + 1, None)
+                self._phase = Phase(self._phase.number + 1, None)
         self._in_loop(self._wake_all)
 
     def resume(self) -> None:
         """Go on, after `first_wait_s`, with every count at 0. Does nothing when it is not paused."""
         with self._lock:
             if self._phase.at is None:
-                self._phase = _Phase(self._phase.number + 1, time.monotonic() + self._settings.first_wait_s)
+                self._phase = Phase(self._phase.number + 1, time.monotonic() + self._settings.first_wait_s)
         self._in_loop(self._wake_all)
 
     def stop(self, timeout_s: float = STOP_S) -> None:
@@ -214,7 +211,7 @@ class HealthMonitor:
         self._stops += now - due_at >= STALLED_S
         self._loop.call_later(TICK_S, self._tick, now + TICK_S)
 
-    async def _watch_actor(self, one: _Watched) -> None:
+    async def _watch_actor(self, one: Watched) -> None:
         """Check one actor, until the end."""
         while not self._stopped:
             phase = self._phase
@@ -228,7 +225,7 @@ class HealthMonitor:
             while time.monotonic() < next_at and self._is_current(phase):
                 await one.sleep_until(next_at)
 
-    def _is_current(self, phase: _Phase) -> bool:
+    def _is_current(self, phase: Phase) -> bool:
         return not self._stopped and self._phase == phase
 
     def _deliver(self) -> None:
@@ -242,7 +239,7 @@ class HealthMonitor:
         for line in self._limits.messages():
             logger.warning("%s", line)
 
-    async def _begin(self, one: _Watched, phase: _Phase) -> float:
+    async def _begin(self, one: Watched, phase: Phase) -> float:
         """After a start, a pause or a resume: give when the first check is due. Everything is counted anew."""
         self._limits.clear(one.group)
         one.failures, one.attempts, one.group.said = FailureCount(), 0, Server.UNKNOWN
@@ -257,7 +254,7 @@ class HealthMonitor:
         one.phase = phase
         return first_at
 
-    async def _check(self, one: _Watched, phase: _Phase) -> float:
+    async def _check(self, one: Watched, phase: Phase) -> float:
         """Ask an actor how it is, and take in what it says; give when to look at it again."""
         next_at = time.monotonic() + self._pause_s()
         engine = self._current_engine(one)
@@ -278,7 +275,7 @@ class HealthMonitor:
                 self._silent(one, engine, probe, phase)
             return 0.0
         one.probe = None
-        outcome = _outcome(probe, engine)
+        outcome = outcome_of(probe, engine)
         self._fleet.metrics.probed(engine.labels, outcome, time.monotonic() - probe.sent_at)
         if outcome in _NOT_WELL and not (probe.phase == phase and self._is_current(phase)):
             return 0.0  # an engine that was put to sleep, or was about to be, may well refuse
@@ -297,7 +294,7 @@ class HealthMonitor:
             self._report_if_dead(one, phase)
         return next_at
 
-    def _current_engine(self, one: _Watched) -> MonitoredEngine | None:
+    def _current_engine(self, one: Watched) -> MonitoredEngine | None:
         """The engine that has the name now, if it is at work."""
         engine = self._fleet.engine(one.name)
         if engine is not None and engine is not one.engine:
@@ -310,7 +307,7 @@ class HealthMonitor:
         self._update_limits(one, engine)
         return engine
 
-    def _update_limits(self, one: _Watched, engine: MonitoredEngine, heard_at: float | None = None) -> None:
+    def _update_limits(self, one: Watched, engine: MonitoredEngine, heard_at: float | None = None) -> None:
         state = engine.state
         self._limits.update(
             one,
@@ -319,12 +316,12 @@ class HealthMonitor:
             heard_at=heard_at,
         )
 
-    def _send(self, one: _Watched, engine: MonitoredEngine, phase: _Phase) -> _PlainCall:
+    def _send(self, one: Watched, engine: MonitoredEngine, phase: Phase) -> PlainCall:
         if one.method is None or one.method.engine is not engine:
-            one.method = _Method(engine, self._settings.probe, self._settings.timeout_s)
-        return _PlainCall(one.method, phase, lambda: self._in_loop(one.wake))
+            one.method = Method(engine, self._settings.probe, self._settings.timeout_s)
+        return PlainCall(one.method, phase, lambda: self._in_loop(one.wake))
 
-    def _silent(self, one: _Watched, engine: MonitoredEngine, probe: _PlainCall, phase: _Phase) -> None:
+    def _silent(self, one: Watched, engine: MonitoredEngine, probe: PlainCall, phase: Phase) -> None:
         """No answer, for the timeout or for one interval more."""
         now = time.monotonic()
         if now - one.overdue_at >= STALLED_S:
@@ -342,7 +339,7 @@ class HealthMonitor:
         one.failures.add(Reason.PROBE_TIMEOUT, now, counts=probe.counted)
         self._give_up_if_due(one, engine, phase)
 
-    def _refused(self, one: _Watched, engine: MonitoredEngine, probe: _PlainCall, phase: _Phase) -> None:
+    def _refused(self, one: Watched, engine: MonitoredEngine, probe: PlainCall, phase: Phase) -> None:
         """The actor says that all is not well."""
         one.attempts = 0
         self._count(one, Check.FAILED)
@@ -353,7 +350,7 @@ class HealthMonitor:
             one.failures.add(Reason.PROBE_FAILED, time.monotonic(), counts=True)
         self._give_up_if_due(one, engine, phase)
 
-    def _unavailable(self, one: _Watched, engine: MonitoredEngine, probe: _PlainCall, phase: _Phase) -> float:
+    def _unavailable(self, one: Watched, engine: MonitoredEngine, probe: PlainCall, phase: Phase) -> float:
         """The connection to the actor broke. It is tried again by the policy; give when."""
         now, policy = time.monotonic(), self._fleet.policy
         self._count(one, Check.UNAVAILABLE)
@@ -366,7 +363,7 @@ class HealthMonitor:
         return min(next_at, ends_at) if now < ends_at else next_at
 
     async def _well(
-        self, one: _Watched, engine: MonitoredEngine, probe: _PlainCall, phase: _Phase, next_at: float
+        self, one: Watched, engine: MonitoredEngine, probe: PlainCall, phase: Phase, next_at: float
     ) -> None:
         """The actor says that all is well. What its server says counts for node 0, whose server it is."""
         group, asks = one.group, one.is_node_0 and self._settings.url is not None
@@ -387,14 +384,14 @@ class HealthMonitor:
         else:
             self._update_limits(one, engine, heard_at=time.monotonic())  # its server failed, and has not answered since
 
-    def _recovered(self, one: _Watched, engine: MonitoredEngine, probe: _PlainCall) -> None:
+    def _recovered(self, one: Watched, engine: MonitoredEngine, probe: PlainCall) -> None:
         one.failures, one.attempts = FailureCount(), 0
         engine.observe(Outcome.SUCCEEDED, launches=False, submitted_at=probe.sent_at, probed=True)
         if all(member.failures.since is None for member in one.group.members):
             self._limits.clear(one.group)
         self._update_limits(one, engine, heard_at=time.monotonic())
 
-    def _give_up_if_due(self, one: _Watched, engine: MonitoredEngine, phase: _Phase) -> None:
+    def _give_up_if_due(self, one: Watched, engine: MonitoredEngine, phase: Phase) -> None:
         """A check has failed: give the engine up, if that is due and nothing holds it."""
         now = time.monotonic()
         self._update_limits(one, engine, heard_at=now)
@@ -411,7 +408,7 @@ class HealthMonitor:
                 self._update_limits(one, engine)
                 self._give_verdict(one, engine)
 
-    def _counts_anew(self, one: _Watched) -> bool:
+    def _counts_anew(self, one: Watched) -> bool:
         """Forget failures from before the end of a mass outage, or of a stop of this process; say whether it did."""
         ends = (self._limits.outages_ended, self._stops)
         if one.ends == ends:
@@ -419,7 +416,7 @@ class HealthMonitor:
         one.ends, one.failures = ends, FailureCount()
         return True
 
-    def _report_if_dead(self, one: _Watched, phase: _Phase) -> None:
+    def _report_if_dead(self, one: Watched, phase: Phase) -> None:
         """Tell of an engine that was found dead, by whomever."""
         engine = self._fleet.engine(one.name)
         if engine is None or engine.state is not EngineState.DEAD or engine.reason is Reason.RELEASED:
@@ -433,7 +430,7 @@ class HealthMonitor:
                     return
             self._give_verdict(one, engine)
 
-    def _give_verdict(self, one: _Watched, engine: MonitoredEngine) -> None:
+    def _give_verdict(self, one: Watched, engine: MonitoredEngine) -> None:
         for member in one.group.members:
             # The one that died, though its name may have been given to another by now.
             member.reported = engine if member is one else self._fleet.engine(member.name) or member.engine
@@ -457,7 +454,7 @@ class HealthMonitor:
                 logger.exception("%r failed on the end of engine %s", self._on_dead, verdict.engine.name)
                 self._fleet.metrics.listener_failed(self._on_dead)
 
-    async def _ask_server(self, group: _Group) -> None:
+    async def _ask_server(self, group: Group) -> None:
         """Have the second opinion on one engine, whenever a check of its node 0 wants it."""
         node_0 = group.members[0]
         while True:
@@ -475,7 +472,7 @@ class HealthMonitor:
             group.is_asking = False
             node_0.wake()
 
-    def _learn_address(self, group: _Group, engine: MonitoredEngine) -> None:
+    def _learn_address(self, group: Group, engine: MonitoredEngine) -> None:
         """Ask the actor for its server's address: once, and again while nothing serves there, as it may have moved."""
         url = self._settings.url
         assert url is not None
@@ -484,14 +481,14 @@ class HealthMonitor:
             group.has_no_address = False
         if group.url is None:
             if not group.has_no_address and (group.address is None or group.said is Server.FAILS):
-                method = _Method(engine, url, self._settings.timeout_s)
-                group.url = _PlainCall(method, self._phase, lambda: None)
+                method = Method(engine, url, self._settings.timeout_s)
+                group.url = PlainCall(method, self._phase, lambda: None)
             return
         if not group.url.answer.done():
             return
         answer, group.url = group.url.answer, None
         failure = answer.exception()
-        if failure is not None and _says(failure, engine) is not Outcome.METHOD_FAILED:
+        if failure is not None and what_it_says(failure, engine) is not Outcome.METHOD_FAILED:
             return  # it did not arrive; the next check asks again
         try:
             group.address = Address(answer.result() if failure is None else failure)
@@ -508,137 +505,11 @@ class HealthMonitor:
         beat_s = min(BEAT_S, self._settings.interval_s / 5)
         return max(earliest, at // beat_s * beat_s)
 
-    def _count(self, one: _Watched, check: Check) -> None:
+    def _count(self, one: Watched, check: Check) -> None:
         self._fleet.metrics.checked(one.engine.labels, check, self._says(one))
 
-    def _says(self, one: _Watched) -> Server:
+    def _says(self, one: Watched) -> Server:
         return Server.NOT_ASKED if self._settings.url is None else one.group.opinion
-
-
-class _Phase(NamedTuple):
-    """A time in which probes are sent, from `at` on (monotonic); a pause, if that is None."""
-
-    number: int
-    at: float | None
-
-
-class _Group:
-    """The actors of one engine, and what its server says."""
-
-    def __init__(self, engines: Sequence[MonitoredEngine]) -> None:
-        self.members = [_Watched(engine, self) for engine in engines]
-        self.said = Server.UNKNOWN
-        self.is_asking = False
-        self.wanted = asyncio.Event()
-        self.address: Address | None = None
-        self.address_of: MonitoredEngine | None = None
-        """The engine that the four around this are of."""
-        self.url: _PlainCall | None = None
-        self.has_no_address = False
-
-    def ask(self) -> None:
-        """Have the server asked, unless it is being asked."""
-        if not self.is_asking:
-            self.is_asking = True
-            self.wanted.set()
-
-    @property
-    def opinion(self) -> Server:
-        """What the server said last. That it fails is held against it only until it is asked again."""
-        return Server.UNKNOWN if self.is_asking and self.said is Server.FAILS else self.said
-
-
-class _Watched:
-    """One watched name, and the actor that has it."""
-
-    def __init__(self, engine: MonitoredEngine, group: _Group) -> None:
-        self.name = engine.name
-        self.group = group
-        self.engine = engine
-        self.failures = FailureCount()
-        self.phase: _Phase | None = None
-        """The one that its checks have begun."""
-        self.ends = (0, 0)
-        """How many mass outages and stops had ended when its failures began to be counted."""
-        self.method: _Method | None = None
-        self.probe: _PlainCall | None = None
-        """The call of it that is out."""
-        self.overdue_at = 0.0
-        """When its silence is a failure, or one more."""
-        self.attempts = 0
-        """How many probes in a row found it unavailable."""
-        self.reported: MonitoredEngine | None = None
-        """The incarnation whose end was reported."""
-        self._waiter: asyncio.Future[None] | None = None
-
-    @property
-    def is_node_0(self) -> bool:
-        """Whether the server is its own."""
-        return self.group.members[0] is self
-
-    def succeed(self, engine: MonitoredEngine) -> None:
-        """Another actor has the name."""
-        self.engine, self.failures, self.probe, self.attempts = engine, FailureCount(), None, 0
-
-    async def sleep_until(self, at: float) -> None:
-        """Wait until `at`, or until something happens to it."""
-        loop = asyncio.get_running_loop()
-        self._waiter = loop.create_future()
-        timer = None if at == math.inf else loop.call_later(max(0.0, at - time.monotonic()), self.wake)
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
-            if timer is not None:
-                timer.cancel()
-
-    def wake(self) -> None:
-        """Something happened to it."""
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-
-class _Method:
-    """A method of one actor, to be called plainly, and time and again."""
-
-    def __init__(self, engine: MonitoredEngine, method: str, timeout_s: float) -> None:
-        self.engine = engine
-        # An asyncio actor answers though a call is out.
-        self.waits_its_turn = not _ray_handles.is_asyncio(engine.handle)
-        bound: ActorMethod = getattr(engine.handle, method)
-        signature = _ray_handles.signature(bound)
-        takes = () if signature is None else signature.parameters
-        self._timeout = {name: timeout_s for name in ("timeout", "timeout_s") if name in takes}
-        # A retry of Ray's own would hide that the actor is unavailable.
-        self._bound = bound.options(max_task_retries=0, retry_exceptions=False)
-
-    def call(self) -> Future[Any]:
-        """Call the method; its answer arrives by itself. What Ray says when it refuses the call is an answer."""
-        try:
-            answer: Future[Any] = self._bound.remote(**self._timeout).future()
-        except RayError as error:
-            answer = Future()
-            answer.set_exception(error)
-        return answer
-
-
-class _PlainCall:
-    """One call of a method, and its answer to come."""
-
-    def __init__(self, method: _Method, phase: _Phase, answered: Callable[[], object]) -> None:
-        self.phase = phase
-        self.counted = False
-        """Whether its silence was counted as a failure."""
-        self._method = method
-        self._calls_before = method.engine.ledger.calls
-        self.sent_at = time.monotonic()
-        self.answer = method.call()
-        self.answer.add_done_callback(lambda _: answered())
-
-    def is_behind_a_call(self) -> bool:
-        """Whether a call of this monitor's that was made before it is out, and may keep the actor from answering."""
-        method = self._method
-        return method.waits_its_turn and method.engine.ledger.is_open(below=self._calls_before)
 
 
 _NOT_WELL = (Outcome.METHOD_FAILED, Outcome.ACTOR_UNAVAILABLE)
@@ -650,14 +521,3 @@ def _is_on_a_loop() -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def _outcome(probe: _PlainCall, engine: MonitoredEngine) -> Outcome:
-    failure = probe.answer.exception()
-    if failure is not None:
-        return _says(failure, engine)
-    return Outcome.SUCCEEDED if probe.answer.result() else Outcome.METHOD_FAILED
-
-
-def _says(failure: BaseException, engine: MonitoredEngine) -> Outcome:
-    return classify(failure, engine.actor_id) if isinstance(failure, Exception) else Outcome.CALL_LOST

@@ -131,6 +131,7 @@ def test_exhaustion_is_on_the_hub_before_the_exception_leaves_and_after_its_mana
         def bring_up(self):
             self.monitor = place_monitor()
             engine, _ = launch(self.monitor, tmp_path, ready=False)
+            assert self.monitor.flush(30), "the hub is up, however long that took"
             try:
                 self.monitor.get(engine.init.remote())
             except LaunchDeadlineError:
