@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from concurrent.futures import Future
 from typing import Any, Protocol
 
@@ -28,14 +29,14 @@ class Taker(Protocol):
         """The reference is complete, and its outcome went to another taker."""
 
 
-class Arrival:
+class _Arrival:
     """One reference, asked of Ray once for all who wait for it: Ray keeps what it was asked until the end.
 
     Each taker is to have a value, or an exception, of its own, as each `ray.get` gives one: so the outcome goes to one
     of them, and the others are told to look again.
     """
 
-    __slots__ = ("_lock", "_takers", "ref")
+    __slots__ = ("__weakref__", "_lock", "_takers", "ref")
 
     def __init__(self, ref: ObjectRef[Any], taker: Taker) -> None:
         self.ref = ref
@@ -44,7 +45,7 @@ class Arrival:
         ref.future().add_done_callback(self._arrived)
 
     def tell(self, taker: Taker) -> bool:
-        """Have `taker` told as well; False when it is too late for that, and another Arrival is needed."""
+        """Have `taker` told as well; False when it is too late for that, and another arrival is needed."""
         with self._lock:
             if self._takers is None:
                 return False
@@ -66,3 +67,21 @@ class Arrival:
             taker.came(self.ref, outcome)
         for taker in takers[1:]:
             taker.look_again(self.ref)
+
+
+# Those that Ray keeps. Two threads that begin at once may each ask Ray, which costs only that.
+_arrivals: weakref.WeakValueDictionary[ObjectRef[Any], _Arrival] = weakref.WeakValueDictionary()
+
+
+def tell(taker: Taker, ref: ObjectRef[Any]) -> None:
+    """Have `taker` told of the outcome of `ref`."""
+    arrival = _arrivals.get(ref)
+    if arrival is None or not arrival.tell(taker):
+        _arrivals[ref] = _Arrival(ref, taker)
+
+
+def forget(taker: Taker, ref: ObjectRef[Any]) -> None:
+    """Have `taker` told of `ref` no more."""
+    arrival = _arrivals.get(ref)
+    if arrival is not None:
+        arrival.forget(taker)

@@ -45,7 +45,7 @@ class Wait:
         self._fleet = fleet
         self._emit = emit
         self._look = look
-        self.expect: Callable[[Awaited, ObjectRef[Any]], None] = lambda _one, _ref: None
+        self.expect: Callable[[ObjectRef[Any]], None] = lambda _: None
         """Told of each reference that is watched from now on, and whose it is."""
         self.values: dict[Awaited, Any] = {}
         """Of what has ended."""
@@ -110,7 +110,7 @@ class Wait:
             self.watched[ref].append(one)
         else:
             self.watched[ref] = [one]
-            self.expect(one, ref)
+            self.expect(ref)
 
     def _take(self, one: Awaited, ref: ObjectRef[Any], value: Any) -> Exception | None:
         with one.lock:

@@ -23,7 +23,6 @@ from ray.actor import ActorHandle, ActorMethod
 from ray.exceptions import RayTaskError
 
 from enginefsm import _actorside, _ray_handles
-from enginefsm.arrivals import Arrival, Taker
 
 if TYPE_CHECKING:
     from enginefsm.engine import MonitoredEngine
@@ -162,8 +161,8 @@ class Awaited:
     """
 
     __slots__ = (
-        "_arrival", "_left_at", "attempt", "attempts_in_outage", "engine", "failing", "launches", "lock", "made_at",
-        "method", "outage", "ref", "reported", "resubmit_at", "submitted_at",
+        "_left_at", "attempt", "attempts_in_outage", "engine", "failing", "launches", "lock", "made_at", "method",
+        "outage", "ref", "reported", "resubmit_at", "submitted_at",
     )  # fmt: skip
 
     ref: ObjectRef[Any]
@@ -192,7 +191,6 @@ class Awaited:
         self.resubmit_at: float | None = None
         """When to submit again, on the monotonic clock; None while a submission is out."""
         self._left_at: float | None = None
-        self._arrival: Arrival | None = None
 
     @property
     def is_probe(self) -> bool:
@@ -209,19 +207,6 @@ class Awaited:
             left_at, self._left_at = self._left_at, None
             if left_at is not None and self.failing is not None:
                 self.failing.since += time.monotonic() - left_at
-
-    def tell(self, taker: Taker, ref: ObjectRef[Any]) -> None:
-        """Have `taker` told of the outcome of `ref`: the newest submission, or one that it took for the newest."""
-        arrival = self._arrival
-        if arrival is None or arrival.ref != ref or not arrival.tell(taker):
-            arrival = Arrival(ref, taker)
-            if ref == self.ref:
-                self._arrival = arrival
-
-    def forget(self, taker: Taker) -> None:
-        """The taker waits no longer."""
-        if self._arrival is not None:
-            self._arrival.forget(taker)
 
     def resubmit(self, now: float) -> None:
         """Submit again, if that is due. Raises what Ray raises when it refuses to submit."""

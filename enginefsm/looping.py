@@ -17,6 +17,7 @@ from typing import Any
 
 from ray import ObjectRef
 
+from enginefsm.arrivals import forget, tell
 from enginefsm.awaiting import Wait
 from enginefsm.blocking import ready
 from enginefsm.calls import Awaited
@@ -142,7 +143,7 @@ async def wait_on_loop(
     done in `lane`.
     """
     inbox, turn = _Inbox(), pace()
-    wait.expect = lambda one, ref: one.tell(inbox, ref)
+    wait.expect = lambda ref: tell(inbox, ref)
     give_up_at = float("inf") if timeout_s is None else time.monotonic() + timeout_s
     try:
         for one in awaited:
@@ -173,8 +174,8 @@ async def wait_on_loop(
     finally:
         for engine in wait.engines:
             engine.forget_waker(inbox.wake)
-        for one in wait.open:
-            one.forget(inbox)
+        for ref in wait.watched:
+            forget(inbox, ref)
         wait.leave()
 
 
@@ -183,7 +184,7 @@ async def _take_all(wait: Wait, inbox: _Inbox, turn: Pace) -> Exception | None:
         await asyncio.sleep(min(len(wait.watched) * GATHER_S, MOST_GATHER_S))
     for ref in inbox.again():
         await turn()
-        wait.watched[ref][0].tell(inbox, ref)
+        tell(inbox, ref)
     return await _take(wait, inbox.outcomes(), turn)
 
 

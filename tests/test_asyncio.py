@@ -49,6 +49,22 @@ def no_noise(recwarn, caplog):
 # --- await ---
 
 
+def test_a_plain_reference_that_is_polled_is_asked_of_ray_once(fleet, plain_loop):
+    rig = fleet.launch()
+    ref = rig.engine.handle.init.remote()
+
+    async def poll(times):
+        for _ in range(times):
+            with pytest.raises(GetTimeoutError):
+                await fleet.monitor.gather(ref, timeout=0.001)
+        gc.collect()
+        return sum("Arrival" in type(thing).__name__ for thing in gc.get_objects())
+
+    assert plain_loop.run(poll(5)) == plain_loop.run(poll(50))  # what Ray was asked, it keeps
+    rig.open()
+    assert plain_loop.run(fleet.monitor.gather(ref)) == "launched"
+
+
 def test_a_call_is_awaited_like_a_task_alone_in_asyncio_s_gather_and_again(fleet, loop, no_noise):
     rigs = [fleet.launch(cls) for cls in (Engine, AsyncEngine)]
     for rig in rigs:
