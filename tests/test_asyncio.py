@@ -51,7 +51,9 @@ def no_noise(recwarn, caplog):
 
 def test_a_plain_reference_that_is_polled_is_asked_of_ray_once(fleet, plain_loop):
     rig = fleet.launch()
-    ref = rig.engine.handle.init.remote()
+    rig.open()
+    assert plain_loop.run(rig.engine.init.remote()) == "launched"
+    ref = rig.engine.handle.hold.remote()
 
     async def poll(times):
         for _ in range(times):
@@ -61,8 +63,8 @@ def test_a_plain_reference_that_is_polled_is_asked_of_ray_once(fleet, plain_loop
         return sum("Arrival" in type(thing).__name__ for thing in gc.get_objects())
 
     assert plain_loop.run(poll(5)) == plain_loop.run(poll(50))  # what Ray was asked, it keeps
-    rig.open()
-    assert plain_loop.run(fleet.monitor.gather(ref)) == "launched"
+    rig.open("let_go")
+    assert plain_loop.run(fleet.monitor.gather(ref)) is None
 
 
 def test_a_call_is_awaited_like_a_task_alone_in_asyncio_s_gather_and_again(fleet, loop, no_noise):
