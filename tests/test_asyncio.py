@@ -17,7 +17,7 @@ from ray import cloudpickle
 from ray.exceptions import GetTimeoutError, RayTaskError, TaskCancelledError
 
 import enginefsm
-from enginefsm import Call, EngineState, RetryPolicy, chaos
+from enginefsm import Call, EngineState, RetryPolicy, arrivals, chaos
 from enginefsm.delivery import PATIENCE_S
 
 LAUNCHING, READY, UNAVAILABLE, DEAD = EngineState
@@ -213,15 +213,15 @@ def test_several_loops_and_threads_await_one_call_through_a_cut(fleet, no_noise)
 def test_a_call_that_another_wait_submits_again_just_as_it_is_watched_is_followed(fleet, plain_loop, monkeypatch):
     rig = fleet.launch(AsyncEngine)
     rig.open()
-    call, tell = rig.engine.init.remote(), Call.tell
+    call = rig.engine.init.remote()
 
-    def submitted_again_first(self, *args):
+    def submitted_again_first(taker, ref):
         monkeypatch.undo()
-        self.resubmit_at = 0.0
-        self.resubmit(time.monotonic())
-        tell(self, *args)
+        call.resubmit_at = 0.0
+        call.resubmit(time.monotonic())
+        arrivals.tell(taker, ref)
 
-    monkeypatch.setattr("enginefsm.calls.Awaited.tell", submitted_again_first)
+    monkeypatch.setattr("enginefsm.looping.tell", submitted_again_first)
     assert plain_loop.run(call) == "launched"
     assert (call.attempt, rig.times_init_began()) == (1, 1)
 
