@@ -17,7 +17,7 @@ from ray import cloudpickle
 from ray.exceptions import GetTimeoutError, RayTaskError, TaskCancelledError
 
 import enginefsm
-from enginefsm import Call, EngineState, RetryPolicy, arrivals, chaos
+from enginefsm import EngineState, RetryPolicy, arrivals, chaos
 from enginefsm.delivery import PATIENCE_S
 
 LAUNCHING, READY, UNAVAILABLE, DEAD = EngineState
