@@ -30,7 +30,7 @@ def hub():
 
 
 def quietest(scene):
-    """The turns of the first of three runs of a scene that kept the bounds: a busy machine is slow in some, not in all."""
+    """Of up to three runs of a scene, the turns of the first within the bounds: a busy machine is slow, but not always."""
     for _ in range(3):
         turns = scene()
         if turns.longest_s < TURN_S and turns.lag_s < LAG_S:
