@@ -30,7 +30,7 @@ def hub():
 
 
 def quietest(scene):
-    """Of up to three runs of a scene, the turns of the first within the bounds: a busy machine is slow, but not always."""
+    """Of up to three runs of a scene, the turns of the first within the bounds: a busy machine is slow at times."""
     for _ in range(3):
         turns = scene()
         if turns.longest_s < TURN_S and turns.lag_s < LAG_S:
