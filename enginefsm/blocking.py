@@ -56,6 +56,15 @@ def _take_all(wait: Wait, found: list[tuple[ObjectRef[Any], Any]]) -> Exception 
     return next((failure for failure in failures if failure is not None), None)
 
 
+def gather_s(references: int) -> float:
+    """How long to look at so many references together, when some have come in.
+
+    A look at many costs about a microsecond each: those that come in soon after one another are looked at together. A
+    failure waits no longer than `MOST_GATHER_S` for that.
+    """
+    return min(references * GATHER_S, MOST_GATHER_S)
+
+
 def ready(wait: Wait, give_up_at: float | None, *, busy: bool) -> list[tuple[ObjectRef[Any], Any]]:
     """References that have an outcome, with it: a value, or an exception in a `Raised`."""
     wake_at = wait.wake_at() if give_up_at is None else min(wait.wake_at(), give_up_at)
@@ -64,10 +73,7 @@ def ready(wait: Wait, give_up_at: float | None, *, busy: bool) -> list[tuple[Obj
         time.sleep(pause_s)
         return []
     refs = list(wait.watched)
-    # A look at many references costs about a microsecond each. With many open, those that come in soon after one
-    # another are looked at together; a failure waits no longer than MOST_GATHER_S for that.
-    gather_s = min(len(refs) * GATHER_S, MOST_GATHER_S)
-    found = ray.wait(refs, num_returns=len(refs), timeout=gather_s)[0] if busy else []
+    found = ray.wait(refs, num_returns=len(refs), timeout=gather_s(len(refs)))[0] if busy else []
     if not found:
         found = ray.wait(refs, num_returns=1, timeout=pause_s)[0]
     try:

@@ -19,7 +19,7 @@ from ray import ObjectRef
 
 from enginefsm.arrivals import forget, tell
 from enginefsm.awaiting import Wait
-from enginefsm.blocking import ready
+from enginefsm.blocking import gather_s, ready
 from enginefsm.calls import Awaited
 from enginefsm.lane import Lane
 
@@ -27,8 +27,6 @@ TURN_S = 0.003
 """How much of one turn of a loop all waits on it use together."""
 QUEUED_A_TURN = 8
 """How many of the pieces that had to wait for a turn are done in one."""
-GATHER_S = 2e-5  # a reference
-MOST_GATHER_S = 0.05
 GATHER_FROM = 100
 LOOK_S = 5.0
 """How long a wait goes on before it looks whether Ray was shut down, of which nobody is told."""
@@ -181,7 +179,7 @@ async def wait_on_loop(
 
 async def _take_all(wait: Wait, inbox: _Inbox, turn: Pace) -> Exception | None:
     if len(wait.watched) > GATHER_FROM:  # what comes in soon after one another is looked at together
-        await asyncio.sleep(min(len(wait.watched) * GATHER_S, MOST_GATHER_S))
+        await asyncio.sleep(gather_s(len(wait.watched)))
     for ref in inbox.again():
         await turn()
         tell(inbox, ref)

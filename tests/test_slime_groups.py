@@ -169,11 +169,17 @@ def test_a_wait_for_a_call_that_was_left_to_ray_shows_at_once(group, monitor):
         ray.get([engine.get_url.remote()])
 
 
-def test_a_pause_keeps_an_engine_that_was_given_up_without_a_verdict(group, monitor):
+def started(group, monitor):
+    """A health monitor that has begun, paused, over a group that is up."""
     slime.adopt_group(group, monitor=monitor)
     monitor.get([engine.init.remote() for engine in group.all_engines])
     health = slime.RolloutHealthMonitor(group, ARGS)
     assert health.start()
+    return health
+
+
+def test_a_pause_keeps_an_engine_that_was_given_up_without_a_verdict(group, monitor):
+    health = started(group, monitor)
     engine = group.all_engines[1]
     assert engine.step(Reason.ACTOR_UNAVAILABLE)
     assert engine.step(Reason.RETRY_EXHAUSTED)
@@ -184,10 +190,7 @@ def test_a_pause_keeps_an_engine_that_was_given_up_without_a_verdict(group, moni
 
 
 def test_a_pause_ends_an_engine_that_is_known_to_be_dead(group, monitor):
-    slime.adopt_group(group, monitor=monitor)
-    monitor.get([engine.init.remote() for engine in group.all_engines])
-    health = slime.RolloutHealthMonitor(group, ARGS)
-    assert health.start()
+    health = started(group, monitor)
     engine = group.all_engines[1]
     ray.kill(engine.handle)
     with pytest.raises(ray.exceptions.ActorDiedError):
