@@ -7,6 +7,7 @@ not.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 import threading
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 import ray
+from ray.exceptions import ActorDiedError
 
 
 def wait_until(condition, timeout_s=60.0, what="it"):
@@ -23,6 +25,14 @@ def wait_until(condition, timeout_s=60.0, what="it"):
         assert time.monotonic() < deadline, f"{what} did not come true within {timeout_s} s"
         time.sleep(0.01)
     return value
+
+
+def kill(actor):
+    """Kill an actor, and return once it is dead to this process: a call that is made sooner may still be answered."""
+    ray.kill(actor)
+    with contextlib.suppress(ActorDiedError):
+        while True:
+            ray.get(actor.__ray_ready__.remote(), timeout=60)
 
 
 class Engine:

@@ -16,9 +16,8 @@ from pathlib import Path
 import build
 import pytest
 import ray
-from engines import wait_until
+from engines import kill, wait_until
 from known_faults import Manager
-from ray.exceptions import ActorDiedError
 from servers import monitoring
 from standin_fleet import StandInFleet
 
@@ -340,9 +339,7 @@ def fleet(request, watched):
     """The same at three times, in this order."""
     watched.hub_lives = "hub" not in request.param
     if request.param == "after its manager is gone":
-        ray.kill(watched.manager)
-        with pytest.raises(ActorDiedError):
-            ray.get(watched.manager.fail.remote())
+        kill(watched.manager)
         watched.server.wait_for(f'timestamp(up{{job="enginefsm"}}) > {time.time()}')
     elif not watched.hub_lives:
         ray.kill(watched.hub)

@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 import ray
 from bare_handles import bare_handle
-from engines import Engine, SlowToConstruct, wait_until
+from engines import Engine, SlowToConstruct, kill, wait_until
 from prometheus_client import generate_latest
 from ray.exceptions import ActorDiedError
 from test_export import adopt, errors_of, move, samples, value
@@ -484,9 +484,7 @@ def test_an_actor_that_ray_lets_end_is_a_good_end_and_all_else_that_ends_with_it
 def test_a_manager_whose_actor_is_killed_did_not_end_in_good_order(place, tmp_path):
     actor = ray.remote(num_cpus=0)(ManagerInAnActor).remote(place.settings, place.name, str(tmp_path / "log"))
     assert ray.get(actor.up.remote())
-    ray.kill(actor)
-    with pytest.raises(ActorDiedError):
-        ray.get(actor.up.remote())
+    kill(actor)
     assert value(place.get(), "enginefsm_monitor_stopped_timestamp_seconds") == 0
     assert ray.get_runtime_context().get_job_id() not in hub._ray_handles.ended_jobs(), "its job goes on"
 
@@ -598,7 +596,7 @@ def test_the_hub_and_status_follow_a_launch_by_its_stages(place, tmp_path):
 def test_the_hub_tells_of_earlier_incarnations(place, tmp_path):
     monitor = place.monitor("replaced")
     first, _ = launch(monitor, tmp_path, ready=False)
-    ray.kill(first.handle)
+    kill(first.handle)
     with pytest.raises(ActorDiedError):
         monitor.get(first.init.remote())
     (tmp_path / "again").mkdir()

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import ray
-from engines import Doomed, wait_until
+from engines import Doomed, kill, wait_until
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayTaskError
 
 import enginefsm
@@ -105,7 +105,7 @@ def test_the_death_of_a_peer_inside_a_method_is_not_the_engine_s(fleet):
     peer, rig = fleet.launch(), fleet.launch()
     rig.open()
     fleet.monitor.get(rig.engine.init.remote())
-    ray.kill(peer.engine.handle)
+    kill(peer.engine.handle)
     with pytest.raises(ActorDiedError) as raised:
         fleet.monitor.get(rig.engine.ask.remote(peer.engine))
     assert isinstance(raised.value, RayTaskError)

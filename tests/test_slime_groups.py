@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import ray
+from engines import kill
 
 import enginefsm
 from enginefsm import EngineState, Reason, slime
@@ -192,7 +193,7 @@ def test_a_pause_keeps_an_engine_that_was_given_up_without_a_verdict(group, moni
 def test_a_pause_ends_an_engine_that_is_known_to_be_dead(group, monitor):
     health = started(group, monitor)
     engine = group.all_engines[1]
-    ray.kill(engine.handle)
+    kill(engine.handle)
     with pytest.raises(ray.exceptions.ActorDiedError):
         monitor.get(engine.get_url.remote())
     health.pause()
