@@ -134,9 +134,10 @@ class PlainCall:
         self.counted = False
         """Whether its silence was counted as a failure."""
         self._method = method
-        self._calls_before = method.engine.ledger.calls
         self.sent_at = time.monotonic()
         self.answer = method.call()
+        # Counted afterwards: one that another thread made meanwhile may have got before it.
+        self._calls_before = method.engine.ledger.calls
         self.answer.add_done_callback(lambda _: answered())
 
     def is_behind_a_call(self) -> bool:
