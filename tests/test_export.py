@@ -260,7 +260,9 @@ def test_exporters_are_waited_for_together_not_one_after_the_other(make_monitor)
         gate.open.set()
 
 
-def test_an_exporter_that_has_been_broken_for_long_is_tried_once_for_an_end_and_not_waited_for(make_monitor, caplog):
+def test_an_exporter_that_has_been_broken_for_long_is_tried_once_for_an_end_and_not_waited_for(
+    make_monitor, caplog, patience
+):
     refusing = Refusing()
     monitor = make_monitor(refusing)
     engine = adopt(monitor)
