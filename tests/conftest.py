@@ -180,6 +180,12 @@ def policy():
     return enginefsm.RetryPolicy(budget_s=60, cap_s=2)
 
 
+@pytest.fixture(autouse=True)
+def process_monitor_of_its_own(monkeypatch):
+    """What a test that failed has left to the process's monitor fails no other."""
+    monkeypatch.setattr(enginefsm, "_monitor", None)
+
+
 @pytest.fixture
 def patience(monkeypatch):
     """Exporters and listeners are given as long as a busy machine takes, for tests of anything but that bound."""
