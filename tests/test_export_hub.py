@@ -162,7 +162,7 @@ def test_the_hub_s_text_is_that_of_the_manager_s_own_registry(place):
     text = place.get()
     assert without_times(text) == without_times(own)
     heartbeat = value(text, "enginefsm_monitor_heartbeat_timestamp_seconds")
-    assert heartbeat <= value(own, "enginefsm_monitor_heartbeat_timestamp_seconds")
+    assert heartbeat <= time.time()
     monitor.close(60)
     stopped = value(place.get(), "enginefsm_monitor_stopped_timestamp_seconds")
     assert stopped == pytest.approx(time.time(), abs=60)
