@@ -15,6 +15,9 @@ from rollout_manager import Args, RolloutManager, Trainer
 import enginefsm
 from enginefsm import chaos
 
+STEP_S = 240.0
+"""For a step of a manager's to begin: a real SGLang starts before some."""
+
 
 class Rollout:
     """One manager, adopted by this process as train.py's driver adopts it."""
@@ -88,7 +91,7 @@ class Rollout:
                 self.ready.result()
             return condition()
 
-        return wait_until(holds, what=what)
+        return wait_until(holds, timeout_s=STEP_S, what=what)
 
     def cut(self, pid, peer=None):
         """Break the connection between an actor and the manager; there must be one."""
@@ -139,7 +142,7 @@ class Rollout:
         self.cut(self.manager_pid, os.getpid())
         self.wait_for(lambda: self.hops.count("unavailable") > lost, "the notice of the cut")
         self.let_go("check_weights", [0])
-        result = checked.result(60)
+        result = checked.result(120)
         assert len(self.begun("check_weights", 0)) == before + 1
         return result
 
@@ -155,7 +158,7 @@ class Rollout:
         self.wait_for(lambda: len(self.begun("constructor", rank)) > before, "the replacement")
         for step in waits:
             self.cut_during(step, [rank])
-        recovered.result(60)
+        recovered.result(120)
         assert len(self.begun("constructor", rank)) == before + 1
 
     def server_pid(self, rank):
