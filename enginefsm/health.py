@@ -23,11 +23,12 @@ from enginefsm import _ends
 from enginefsm.engine import MonitoredEngine
 from enginefsm.metrics import FleetMetrics
 from enginefsm.outcomes import Outcome
+from enginefsm.plain_calls import Method
 from enginefsm.policy import RetryPolicy, is_finite, is_whole
-from enginefsm.serving import Address, Server, ask
+from enginefsm.serving import Server
 from enginefsm.states import GIVEN_UP, EngineState, Reason
 from enginefsm.verdicts import Check, Decision, FailureCount, VerdictLimits
-from enginefsm.watched import Group, Method, Phase, PlainCall, Watched, outcome_of, what_it_says
+from enginefsm.watched import Group, Phase, Probe, Watched
 
 logger = logging.getLogger("enginefsm")
 
@@ -111,7 +112,7 @@ class HealthMonitor:
         self._limits = fleet.limits
         self._settings = settings
         self._on_dead = on_dead
-        self._groups = [Group(engines) for engines in groups]
+        self._groups = [Group(engines, settings.url, settings.timeout_s) for engines in groups]
         self._watched = [one for group in self._groups for one in group.members]
         self._lock = threading.Lock()  # around the phase, and around a verdict and what it rests on
         self._phase = Phase(0, time.monotonic() + settings.first_wait_s)
@@ -199,7 +200,8 @@ class HealthMonitor:
 
     async def _watch(self) -> None:
         self._tick(time.monotonic())
-        asking = [asyncio.ensure_future(self._ask_server(group)) for group in self._groups if self._settings.url]
+        opinions = [group.opinion for group in self._groups if group.opinion is not None]
+        asking = [asyncio.ensure_future(opinion.keep_asking()) for opinion in opinions]
         await asyncio.gather(*(self._watch_actor(one) for one in self._watched))
         for task in asking:
             task.cancel()
@@ -242,7 +244,9 @@ class HealthMonitor:
     async def _begin(self, one: Watched, phase: Phase) -> float:
         """After a start, a pause or a resume: give when the first check is due. Everything is counted anew."""
         self._limits.clear(one.group)
-        one.failures, one.attempts, one.group.said = FailureCount(), 0, Server.UNKNOWN
+        one.failures, one.attempts = FailureCount(), 0
+        if one.group.opinion is not None:
+            one.group.opinion.forget()
         if phase.at is None:
             self._limits.update(one, living=False)
             while self._is_current(phase):
@@ -266,8 +270,8 @@ class HealthMonitor:
             one.probe = self._send(one, engine, phase)
             one.overdue_at = one.probe.sent_at + self._settings.timeout_s
         probe = one.probe
-        if one.is_node_0 and self._settings.url is not None:
-            one.group.ask()
+        if one.opinion is not None:
+            one.opinion.ask()
         while not probe.answer.done() and time.monotonic() < one.overdue_at and self._is_current(phase):
             await one.sleep_until(one.overdue_at)
         if not probe.answer.done():
@@ -275,7 +279,7 @@ class HealthMonitor:
                 self._silent(one, engine, probe, phase)
             return 0.0
         one.probe = None
-        outcome = outcome_of(probe, engine)
+        outcome = probe.outcome()
         self._fleet.metrics.probed(engine.labels, outcome, time.monotonic() - probe.sent_at)
         if outcome in _NOT_WELL and not (probe.phase == phase and self._is_current(phase)):
             return 0.0  # an engine that was put to sleep, or was about to be, may well refuse
@@ -316,19 +320,19 @@ class HealthMonitor:
             heard_at=heard_at,
         )
 
-    def _send(self, one: Watched, engine: MonitoredEngine, phase: Phase) -> PlainCall:
+    def _send(self, one: Watched, engine: MonitoredEngine, phase: Phase) -> Probe:
         if one.method is None or one.method.engine is not engine:
             one.method = Method(engine, self._settings.probe, self._settings.timeout_s)
-        return PlainCall(one.method, phase, lambda: self._in_loop(one.wake))
+        return Probe(one.method, phase, lambda: self._in_loop(one.wake))
 
-    def _silent(self, one: Watched, engine: MonitoredEngine, probe: PlainCall, phase: Phase) -> None:
+    def _silent(self, one: Watched, engine: MonitoredEngine, probe: Probe, phase: Phase) -> None:
         """No answer, for the timeout or for one interval more."""
         now = time.monotonic()
         if now - one.overdue_at >= STALLED_S:
             one.overdue_at = now + self._settings.timeout_s
             return
         one.overdue_at = now + self._pause_s()
-        says = one.group.opinion
+        says = one.group.says
         if probe.is_behind_a_call() and says is not Server.FAILS:
             self._count(one, Check.BUSY)
             self._update_limits(one, engine, heard_at=now)
@@ -339,7 +343,7 @@ class HealthMonitor:
         one.failures.add(Reason.PROBE_TIMEOUT, now, counts=probe.counted)
         self._give_up_if_due(one, engine, phase)
 
-    def _refused(self, one: Watched, engine: MonitoredEngine, probe: PlainCall, phase: Phase) -> None:
+    def _refused(self, one: Watched, engine: MonitoredEngine, probe: Probe, phase: Phase) -> None:
         """The actor says that all is not well."""
         one.attempts = 0
         self._count(one, Check.FAILED)
@@ -350,7 +354,7 @@ class HealthMonitor:
             one.failures.add(Reason.PROBE_FAILED, time.monotonic(), counts=True)
         self._give_up_if_due(one, engine, phase)
 
-    def _unavailable(self, one: Watched, engine: MonitoredEngine, probe: PlainCall, phase: Phase) -> float:
+    def _unavailable(self, one: Watched, engine: MonitoredEngine, probe: Probe, phase: Phase) -> float:
         """The connection to the actor broke. It is tried again by the policy; give when."""
         now, policy = time.monotonic(), self._fleet.policy
         self._count(one, Check.UNAVAILABLE)
@@ -362,29 +366,27 @@ class HealthMonitor:
         ends_at = (one.failures.since or now) + policy.budget_s
         return min(next_at, ends_at) if now < ends_at else next_at
 
-    async def _well(
-        self, one: Watched, engine: MonitoredEngine, probe: PlainCall, phase: Phase, next_at: float
-    ) -> None:
+    async def _well(self, one: Watched, engine: MonitoredEngine, probe: Probe, phase: Phase, next_at: float) -> None:
         """The actor says that all is well. What its server says counts for node 0, whose server it is."""
-        group, asks = one.group, one.is_node_0 and self._settings.url is not None
-        if not asks or group.said is not Server.FAILS:
+        opinion = one.opinion
+        if opinion is None or opinion.said is not Server.FAILS:
             self._recovered(one, engine, probe)
             self._deliver_and_log()
-        while asks and group.is_asking and time.monotonic() < next_at and self._is_current(phase):
+        while opinion is not None and opinion.is_asking and time.monotonic() < next_at and self._is_current(phase):
             await one.sleep_until(next_at)
         self._count(one, Check.ANSWERED)
-        if not asks or not self._is_current(phase):
+        if opinion is None or not self._is_current(phase):
             return
-        if group.opinion is Server.FAILS:
+        if opinion.says is Server.FAILS:
             engine.suspect(Reason.PROBE_FAILED, probe.sent_at)
             one.failures.add(Reason.PROBE_FAILED, time.monotonic(), counts=True)
             self._give_up_if_due(one, engine, phase)
-        elif group.said is not Server.FAILS:
+        elif opinion.said is not Server.FAILS:
             self._recovered(one, engine, probe)
         else:
             self._update_limits(one, engine, heard_at=time.monotonic())  # its server failed, and has not answered since
 
-    def _recovered(self, one: Watched, engine: MonitoredEngine, probe: PlainCall) -> None:
+    def _recovered(self, one: Watched, engine: MonitoredEngine, probe: Probe) -> None:
         one.failures, one.attempts = FailureCount(), 0
         engine.observe(Outcome.SUCCEEDED, launches=False, submitted_at=probe.sent_at, probed=True)
         if all(member.failures.since is None for member in one.group.members):
@@ -437,7 +439,7 @@ class HealthMonitor:
         self._limits.clear(one.group)
         engines = tuple(member.reported for member in one.group.members if member.reported is not None)
         by_monitor = engine.reason in GIVEN_UP
-        self._verdicts.put(Verdict(engine, engines, engine.reason, by_monitor, one.failures.cause, self._says(one)))
+        self._verdicts.put(Verdict(engine, engines, engine.reason, by_monitor, one.failures.cause, one.group.says))
 
     def _call_back(self) -> None:
         """Hand verdicts to the callback, in order."""
@@ -454,49 +456,6 @@ class HealthMonitor:
                 logger.exception("%r failed on the end of engine %s", self._on_dead, verdict.engine.name)
                 self._fleet.metrics.listener_failed(self._on_dead)
 
-    async def _ask_server(self, group: Group) -> None:
-        """Have the second opinion on one engine, whenever a check of its node 0 wants it."""
-        node_0 = group.members[0]
-        while True:
-            await group.wanted.wait()
-            group.wanted.clear()
-            engine = node_0.engine
-            try:
-                self._learn_address(group, engine)
-                if group.address is not None:
-                    said = await ask(group.address, self._settings.timeout_s)
-                    group.said = said if engine is node_0.engine else Server.UNKNOWN
-            except Exception:  # of this library: the checks go on without it
-                logger.exception("the server of engine %s could not be asked", engine.name)
-                group.said = Server.UNKNOWN
-            group.is_asking = False
-            node_0.wake()
-
-    def _learn_address(self, group: Group, engine: MonitoredEngine) -> None:
-        """Ask the actor for its server's address: once, and again while nothing serves there, as it may have moved."""
-        url = self._settings.url
-        assert url is not None
-        if group.address_of is not engine:
-            group.address_of, group.address, group.said, group.url = engine, None, Server.UNKNOWN, None
-            group.has_no_address = False
-        if group.url is None:
-            if not group.has_no_address and (group.address is None or group.said is Server.FAILS):
-                method = Method(engine, url, self._settings.timeout_s)
-                group.url = PlainCall(method, self._phase, lambda: None)
-            return
-        if not group.url.answer.done():
-            return
-        answer, group.url = group.url.answer, None
-        failure = answer.exception()
-        if failure is not None and what_it_says(failure, engine) is not Outcome.METHOD_FAILED:
-            return  # it did not arrive; the next check asks again
-        try:
-            group.address = Address(answer.result() if failure is None else failure)
-        except ValueError as error:
-            if group.address is None:
-                group.has_no_address = True
-                logger.warning("the server of engine %s is not asked, its %s() gave none: %s", engine.name, url, error)
-
     def _pause_s(self) -> float:
         return self._settings.interval_s * random.uniform(EARLIEST, 1.0)
 
@@ -506,10 +465,7 @@ class HealthMonitor:
         return max(earliest, at // beat_s * beat_s)
 
     def _count(self, one: Watched, check: Check) -> None:
-        self._fleet.metrics.checked(one.engine.labels, check, self._says(one))
-
-    def _says(self, one: Watched) -> Server:
-        return Server.NOT_ASKED if self._settings.url is None else one.group.opinion
+        self._fleet.metrics.checked(one.engine.labels, check, one.group.says)
 
 
 _NOT_WELL = (Outcome.METHOD_FAILED, Outcome.ACTOR_UNAVAILABLE)

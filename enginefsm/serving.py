@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import urllib.parse
+from collections.abc import Callable
 from enum import StrEnum
+
+from enginefsm.engine import MonitoredEngine
+from enginefsm.outcomes import Outcome
+from enginefsm.plain_calls import Method, PlainCall
+
+logger = logging.getLogger("enginefsm")
 
 
 class Server(StrEnum):
@@ -54,3 +62,88 @@ async def ask(address: Address, timeout_s: float) -> Server:
     except ValueError:  # a line without end: this is no HTTP server
         return Server.FAILS
     return Server.SERVES if status.split()[1:2] == [b"200"] else Server.FAILS
+
+
+class SecondOpinion:
+    """What one engine's server says, asked whenever a check of its node 0 wants it. Used on one event loop.
+
+    Args:
+        engine: Gives the actor whose server it is.
+        url: The actor's method that gives the server's base URL.
+        timeout_s: How long the server may take to answer.
+        asked: Called when it was asked.
+    """
+
+    def __init__(
+        self, engine: Callable[[], MonitoredEngine], url: str, timeout_s: float, asked: Callable[[], object]
+    ) -> None:
+        self._engine = engine
+        self._url = url
+        self._timeout_s = timeout_s
+        self._asked = asked
+        self.said = Server.UNKNOWN
+        """What the server said last."""
+        self.is_asking = False
+        self._wanted = asyncio.Event()
+        self._of: MonitoredEngine | None = None
+        """The engine that the three below are of."""
+        self._address: Address | None = None
+        self._asked_for: PlainCall | None = None
+        """The call for the address that is out."""
+        self._has_none = False
+
+    @property
+    def says(self) -> Server:
+        """The same, but that it fails is held against it only until it is asked again."""
+        return Server.UNKNOWN if self.is_asking and self.said is Server.FAILS else self.said
+
+    def ask(self) -> None:
+        """Have the server asked, unless it is being asked."""
+        if not self.is_asking:
+            self.is_asking = True
+            self._wanted.set()
+
+    def forget(self) -> None:
+        """Take nothing that was said so far into account."""
+        self.said = Server.UNKNOWN
+
+    async def keep_asking(self) -> None:
+        """Ask whenever that is wanted, until cancelled."""
+        while True:
+            await self._wanted.wait()
+            self._wanted.clear()
+            engine = self._engine()
+            try:
+                self._learn_address(engine)
+                if self._address is not None:
+                    said = await ask(self._address, self._timeout_s)
+                    self.said = said if engine is self._engine() else Server.UNKNOWN
+            except Exception:  # of this library: the checks go on without it
+                logger.exception("the server of engine %s could not be asked", engine.name)
+                self.said = Server.UNKNOWN
+            self.is_asking = False
+            self._asked()
+
+    def _learn_address(self, engine: MonitoredEngine) -> None:
+        """Ask the actor for its server's address: once, and again while nothing serves there, as it may have moved."""
+        if self._of is not engine:
+            self._of, self._address, self._asked_for, self._has_none = engine, None, None, False
+            self.said = Server.UNKNOWN
+        if self._asked_for is None:
+            if not self._has_none and (self._address is None or self.said is Server.FAILS):
+                self._asked_for = PlainCall(Method(engine, self._url, self._timeout_s))
+            return
+        if not self._asked_for.answer.done():
+            return
+        call, self._asked_for = self._asked_for, None
+        outcome = call.outcome()
+        if outcome not in (Outcome.SUCCEEDED, Outcome.METHOD_FAILED):
+            return  # it did not arrive; the next check asks again
+        try:
+            self._address = Address(call.answer.result() if outcome is Outcome.SUCCEEDED else call.answer.exception())
+        except ValueError as error:
+            if self._address is None:
+                self._has_none = True
+                logger.warning(
+                    "the server of engine %s is not asked, its %s() gave none: %s", engine.name, self._url, error
+                )

@@ -1,4 +1,4 @@
-"""What a health monitor keeps of the actors that it watches, and the plain calls by which it asks them."""
+"""What a health monitor keeps of the actors that it watches, and of the probes that it sends them."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from ray.actor import ActorMethod
-from ray.exceptions import RayError
-
-from enginefsm import _ray_handles
 from enginefsm.engine import MonitoredEngine
-from enginefsm.outcomes import Outcome, classify
-from enginefsm.serving import Address, Server
+from enginefsm.outcomes import Outcome
+from enginefsm.plain_calls import Method, PlainCall
+from enginefsm.serving import SecondOpinion, Server
 from enginefsm.verdicts import FailureCount
 
 
@@ -27,29 +23,17 @@ class Phase(NamedTuple):
 
 
 class Group:
-    """The actors of one engine, and what its server says."""
+    """The actors of one engine; `url` is the method that gives the address of the server that they share, if any."""
 
-    def __init__(self, engines: Sequence[MonitoredEngine]) -> None:
+    def __init__(self, engines: Sequence[MonitoredEngine], url: str | None, timeout_s: float) -> None:
         self.members = [Watched(engine, self) for engine in engines]
-        self.said = Server.UNKNOWN
-        self.is_asking = False
-        self.wanted = asyncio.Event()
-        self.address: Address | None = None
-        self.address_of: MonitoredEngine | None = None
-        """The engine that the four around this are of."""
-        self.url: PlainCall | None = None
-        self.has_no_address = False
-
-    def ask(self) -> None:
-        """Have the server asked, unless it is being asked."""
-        if not self.is_asking:
-            self.is_asking = True
-            self.wanted.set()
+        node_0 = self.members[0]
+        self.opinion = None if url is None else SecondOpinion(lambda: node_0.engine, url, timeout_s, node_0.wake)
 
     @property
-    def opinion(self) -> Server:
-        """What the server said last. That it fails is held against it only until it is asked again."""
-        return Server.UNKNOWN if self.is_asking and self.said is Server.FAILS else self.said
+    def says(self) -> Server:
+        """What its server says."""
+        return Server.NOT_ASKED if self.opinion is None else self.opinion.says
 
 
 class Watched:
@@ -65,7 +49,7 @@ class Watched:
         self.ends = (0, 0)
         """How many mass outages and stops had ended when its failures began to be counted."""
         self.method: Method | None = None
-        self.probe: PlainCall | None = None
+        self.probe: Probe | None = None
         """The call of it that is out."""
         self.overdue_at = 0.0
         """When its silence is a failure, or one more."""
@@ -76,9 +60,9 @@ class Watched:
         self._waiter: asyncio.Future[None] | None = None
 
     @property
-    def is_node_0(self) -> bool:
-        """Whether the server is its own."""
-        return self.group.members[0] is self
+    def opinion(self) -> SecondOpinion | None:
+        """The one that is asked when this actor is checked: that of node 0, whose server it is."""
+        return self.group.opinion if self.group.members[0] is self else None
 
     def succeed(self, engine: MonitoredEngine) -> None:
         """Another actor has the name."""
@@ -102,58 +86,16 @@ class Watched:
             self._waiter.set_result(None)
 
 
-class Method:
-    """A method of one actor, to be called plainly, and time and again."""
-
-    def __init__(self, engine: MonitoredEngine, method: str, timeout_s: float) -> None:
-        self.engine = engine
-        # An asyncio actor answers though a call is out.
-        self.waits_its_turn = not _ray_handles.is_asyncio(engine.handle)
-        bound: ActorMethod = getattr(engine.handle, method)
-        signature = _ray_handles.signature(bound)
-        takes = () if signature is None else signature.parameters
-        self._timeout = {name: timeout_s for name in ("timeout", "timeout_s") if name in takes}
-        # A retry of Ray's own would hide that the actor is unavailable.
-        self._bound = bound.options(max_task_retries=0, retry_exceptions=False)
-
-    def call(self) -> Future[Any]:
-        """Call the method; its answer arrives by itself. What Ray says when it refuses the call is an answer."""
-        try:
-            answer: Future[Any] = self._bound.remote(**self._timeout).future()
-        except RayError as error:
-            answer = Future()
-            answer.set_exception(error)
-        return answer
-
-
-class PlainCall:
-    """One call of a method, and its answer to come."""
+class Probe(PlainCall):
+    """A call of the method that says whether all is well."""
 
     def __init__(self, method: Method, phase: Phase, answered: Callable[[], object]) -> None:
+        super().__init__(method, answered)
         self.phase = phase
         self.counted = False
         """Whether its silence was counted as a failure."""
-        self._method = method
-        self.sent_at = time.monotonic()
-        self.answer = method.call()
-        # Counted afterwards: one that another thread made meanwhile may have got before it.
-        self._calls_before = method.engine.ledger.calls
-        self.answer.add_done_callback(lambda _: answered())
 
-    def is_behind_a_call(self) -> bool:
-        """Whether a call of this monitor's that was made before it is out, and may keep the actor from answering."""
-        method = self._method
-        return method.waits_its_turn and method.engine.ledger.is_open(below=self._calls_before)
-
-
-def outcome_of(probe: PlainCall, engine: MonitoredEngine) -> Outcome:
-    """What a probe that was answered says of the engine: something false is a failure of the method."""
-    failure = probe.answer.exception()
-    if failure is not None:
-        return what_it_says(failure, engine)
-    return Outcome.SUCCEEDED if probe.answer.result() else Outcome.METHOD_FAILED
-
-
-def what_it_says(failure: BaseException, engine: MonitoredEngine) -> Outcome:
-    """What an exception instead of an answer says of the engine; nothing, if it is not an `Exception`."""
-    return classify(failure, engine.actor_id) if isinstance(failure, Exception) else Outcome.CALL_LOST
+    def outcome(self) -> Outcome:
+        """What its answer says: something false is a failure of the method."""
+        outcome = super().outcome()
+        return Outcome.METHOD_FAILED if outcome is Outcome.SUCCEEDED and not self.answer.result() else outcome

@@ -620,7 +620,7 @@ def test_processes_that_have_ended_are_refused():
     assert_refused(process.pid, "no process of this machine")
 
 
-@pytest.mark.parametrize("pid", [0, -1, -os.getpid(), 2**40])
+@pytest.mark.parametrize("pid", [0, -1, pytest.param(-os.getpid(), id="its group"), 2**40])
 def test_numbers_that_are_no_pid_are_refused(pid):
     assert_refused(pid, "not a process")
 

@@ -15,6 +15,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -176,29 +177,45 @@ def test_frozen_engines_come_up_without_being_touched(start: Callable[..., Demo]
     assert not demo.left()
 
 
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Demo, Future[int]]]]:
+    """Demos with SGLang, side by side, as SGLang takes long to load; each with its exit code to come."""
+    model = tmp_path_factory.mktemp("model")
+    (model / "config.json").write_text("{}")
+    kinds = {"with cuts": ("--faults", "cut"), "of no model": ("--faults", "none", "--model", str(model))}
+    with ThreadPoolExecutor() as threads:
+        started = {}
+        for kind, arguments in kinds.items():
+            demo = Demo("--engine", "sglang", "--engines", "1", *arguments, tmp=tmp_path_factory.mktemp("demo"))
+            started[kind] = demo, threads.submit(demo.finish)
+        yield started
+        for demo, _ in started.values():
+            demo.process.kill()
+
+
 @pytest.mark.timeout(300)
-def test_real_sglang_engines_come_up_through_cuts_and_generate(start: Callable[..., Demo]) -> None:
-    demo = start("--engine", "sglang", "--engines", "1", "--faults", "cut")
-    assert demo.finish() == cli.OK, demo.text
+def test_real_sglang_engines_come_up_through_cuts_and_generate(real: dict[str, tuple[Demo, Future[int]]]) -> None:
+    demo, exit_code = real["with cuts"]
+    assert exit_code.result() == cli.OK, demo.text
     assert "1 of 1 engines came up and answer; init ran once in each." in demo.text
     assert "unavailable -> ready (recovered)" in demo.text
+    assert demo.below
     assert not demo.left()
 
 
 @pytest.mark.timeout(300)
 def test_an_engine_that_fails_by_itself_makes_the_demo_fail_and_its_log_is_kept(
-    start: Callable[..., Demo], tmp_path_factory: pytest.TempPathFactory
+    real: dict[str, tuple[Demo, Future[int]]],
 ) -> None:
-    model = tmp_path_factory.mktemp("model")
-    (model / "config.json").write_text("{}")
-    demo = start("--engine", "sglang", "--engines", "1", "--faults", "none", "--model", str(model))
-    assert demo.finish() == cli.FAILED, demo.text
+    demo, exit_code = real["of no model"]
+    assert exit_code.result() == cli.FAILED, demo.text
     assert "launching -> dead (init_failed)" in demo.text
     assert "Not as it should be: engine-0." in demo.text
     kept = Path(demo.lines[-1].removeprefix("The engines' logs are below "))
     assert kept.parent == demo.tmp
     assert list(kept.glob("*/server.log"))
     assert "\x1b" not in demo.text
+    assert demo.below
     assert not demo.left()
 
 
