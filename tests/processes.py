@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 
 import psutil
+from engines import wait_until
 
 
 def is_gone(process: psutil.Process) -> bool:
@@ -26,8 +27,7 @@ def below(process: psutil.Process | None = None, name: str | None = None) -> lis
 def freeze(process: psutil.Process) -> None:
     """Stop a process, and return once it stands still: its threads may run on for a moment on a busy machine."""
     process.suspend()
-    while process.status() != psutil.STATUS_STOPPED:
-        pass
+    wait_until(lambda: process.status() == psutil.STATUS_STOPPED, what=f"the freeze of {process}")
 
 
 def _name(process: psutil.Process) -> str:
