@@ -44,9 +44,10 @@ class PlainCall:
 
     def __init__(self, method: Method, answered: Callable[[], object] = lambda: None) -> None:
         self._method = method
-        self._calls_before = method.engine.ledger.calls
         self.sent_at = time.monotonic()
         self.answer = method.call()
+        # Counted afterwards: one that another thread made meanwhile may have got before it.
+        self._calls_before = method.engine.ledger.calls
         self.answer.add_done_callback(lambda _: answered())
 
     def is_behind_a_call(self) -> bool:

@@ -10,6 +10,21 @@ from unittest import mock
 import ray
 
 
+def _start():
+    for tries_left in (1, 0):
+        try:
+            ray.init(
+                address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+                _node_ip_address="127.0.0.1",
+            )  # fmt: skip
+        except Exception:  # Ray gives its processes 30 s, and says that it has in several ways
+            ray.shutdown()
+            if not tries_left:
+                raise
+        else:
+            return
+
+
 @contextlib.contextmanager
 def local_ray(**settings):
     """A Ray cluster of one node, with `settings` in its processes' environment."""
@@ -25,10 +40,7 @@ def local_ray(**settings):
     os.environ.update(environment)
     try:
         with mock.patch("ray._private.ray_constants.ENABLE_RAY_CLUSTER", new=False):
-            ray.init(
-                address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-                _node_ip_address="127.0.0.1",
-            )  # fmt: skip
+            _start()
             yield
     finally:
         ray.shutdown()

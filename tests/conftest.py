@@ -7,13 +7,22 @@ import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import hypothesis
 import pytest
 import ray
 from clusters import local_ray
-from engines import Engine, wait_until
+from engines import Engine, held_within, wait_until
 
 import enginefsm
 from enginefsm import chaos
+
+# How long an example takes says nothing where a machine has other things to do.
+hypothesis.settings.register_profile(
+    "busy", hypothesis.settings.default, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("busy")
+
+RAY_TELLS_WITHIN_S = 5.0  # of a connection that broke: a second, and a busy machine's time
 
 # A shell ignores Ctrl-C for what it starts in the background, this run and all that it starts among them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -65,7 +74,7 @@ class Fleet:
         self.came = threading.Condition()
         self.monitor = enginefsm.EngineMonitor("test", policy, listeners=[self.listen])
         self.threads = ThreadPoolExecutor()
-        self.launched = []
+        self.actors = []
         self.engine_class = Engine
 
     def listen(self, event):
@@ -74,14 +83,25 @@ class Fleet:
             self.came.notify_all()
 
     def launch(self, cls=None, name=None, adopt=None, **options):
-        cls = enginefsm.monitored(cls or self.engine_class)
-        name = name or f"engine-{len(self.launched)}"
-        directory = self.directory / f"{len(self.launched)}"
+        return self._adopt(*self._start(cls, **options), name, **(adopt or {}))
+
+    def launch_begun(self, *classes):
+        """An engine of each class, adopted when the constructors of all have begun: their deadlines run from there."""
+        started = [self._start(cls) for cls in classes]
+        for _, directory in started:
+            wait_until((directory / "pid").exists, what="the actor's start")
+        return [self._adopt(actor, directory) for actor, directory in started]
+
+    def _start(self, cls=None, **options):
+        directory = self.directory / f"{len(self.actors)}"
         directory.mkdir()
-        actor = ray.remote(**{"num_cpus": 0, **options})(cls).remote(str(directory))
-        engine = self.monitor.adopt(actor, name=name, model="tiny", worker_type="regular", **(adopt or {}))
-        self.launched.append(engine)
-        return Rig(engine, directory)
+        cls = enginefsm.monitored(cls or self.engine_class)
+        self.actors.append(ray.remote(**{"num_cpus": 0, **options})(cls).remote(str(directory)))
+        return self.actors[-1], directory
+
+    def _adopt(self, actor, directory, name=None, **options):
+        name = name or f"engine-{self.actors.index(actor)}"
+        return Rig(self.monitor.adopt(actor, name=name, model="tiny", worker_type="regular", **options), directory)
 
     def in_background(self, calls, timeout=None):
         return self.threads.submit(self.monitor.get, calls, timeout)
@@ -113,8 +133,8 @@ class Fleet:
         return self.monitor.metrics.registry.get_sample_value(name, {"run": "test", **labels})
 
     def close(self):
-        for engine in self.launched:
-            ray.kill(engine.handle)
+        for actor in self.actors:
+            ray.kill(actor)
         self.threads.shutdown(wait=True, cancel_futures=True)
 
 
@@ -146,11 +166,30 @@ class Rig:
         """Break the connection between the actor and this process; there must be one."""
         return wait_until(lambda: chaos.cut(self.pid), what="a connection to cut")
 
+    def cut_until(self, noticed):
+        """Break the connection, and again if need be, until that is noticed.
+
+        For a call that may not be on the connection yet: it would be sent over the next one, and nothing be lost.
+        """
+        wait_until(lambda: self.cut() and held_within(RAY_TELLS_WITHIN_S, noticed), what="the notice of a cut")
+
 
 @pytest.fixture
 def policy():
     """Pauses short enough for tests, a budget long enough for any of them."""
     return enginefsm.RetryPolicy(budget_s=60, cap_s=2)
+
+
+@pytest.fixture(autouse=True)
+def process_monitor_of_its_own(monkeypatch):
+    """What a test that failed has left to the process's monitor fails no other."""
+    monkeypatch.setattr(enginefsm, "_monitor", None)
+
+
+@pytest.fixture
+def patience(monkeypatch):
+    """Exporters and listeners are given as long as a busy machine takes, for tests of anything but that bound."""
+    monkeypatch.setattr("enginefsm.monitor.FLUSH_S", 60.0)
 
 
 @pytest.fixture

@@ -20,9 +20,15 @@ from ray.exceptions import ActorDiedError
 
 def wait_until(condition, timeout_s=60.0, what="it"):
     """Poll until `condition()` is true; give what it gave."""
+    value = held_within(timeout_s, condition)
+    assert value, f"{what} did not come true within {timeout_s} s"
+    return value
+
+
+def held_within(timeout_s, condition):
+    """Poll until `condition()` is true, so long at most; give what it gave last."""
     deadline = time.monotonic() + timeout_s
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"{what} did not come true within {timeout_s} s"
+    while not (value := condition()) and time.monotonic() < deadline:
         time.sleep(0.01)
     return value
 
@@ -95,6 +101,11 @@ class Engine:
         """How many outcomes enginefsm keeps on this actor."""
         pages = sys.modules["_enginefsm_books_1"].books[id(self)]["callers"].values()
         return sum(page["held"] for page in pages)
+
+    def waiting_again(self):
+        """How many submissions wait on this asyncio actor for a method that an earlier one runs."""
+        pages = sys.modules["_enginefsm_books_1"].books[id(self)]["callers"].values()
+        return sum(len(entry[4]) for page in pages for entry in page["calls"].values())
 
     def can_import_enginefsm(self):
         try:
@@ -231,13 +242,16 @@ class Doomed:
 class Probed(Engine):
     """An engine that is ill while the file `ill` is there, or `raises`, and slow to say so while `slow` is.
 
-    Each probe leaves its time, and the timeout that it was given, in `probes`.
+    Each probe leaves its time, and the timeout that it was given, in `probes`; each that is slow a line in `slowed`.
     """
 
     def well(self, timeout=5.0):
         with (self.directory / "probes").open("a") as probes:
             probes.write(f"{time.monotonic()} {timeout}\n")
-        wait_until(lambda: not (self.directory / "slow").exists(), what="the end of slowness")
+        if (self.directory / "slow").exists():
+            with (self.directory / "slowed").open("a") as slowed:
+                slowed.write("one\n")
+            wait_until(lambda: not (self.directory / "slow").exists(), what="the end of slowness")
         if (self.directory / "raises").exists():
             raise RuntimeError("not well")
         return not (self.directory / "ill").exists()

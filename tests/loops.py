@@ -13,7 +13,7 @@ class Loop:
         self.complaints = []
         self.loop = new_loop()
         self.loop.set_exception_handler(lambda _, context: self.complaints.append(context))
-        self.thread = threading.Thread(target=self.loop.run_forever)
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)  # a test that fails may not close it
         self.thread.start()
 
     def start(self, awaitable):

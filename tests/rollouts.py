@@ -9,10 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import ray
 from engines import wait_until
+from processes import below
 from rollout_manager import Args, RolloutManager, Trainer
 
 import enginefsm
 from enginefsm import chaos
+
+STEP_S = 240.0
+"""For a step of a manager's to begin: a real SGLang starts before some."""
 
 
 class Rollout:
@@ -21,7 +25,7 @@ class Rollout:
     def __init__(self, directory, hold=(), **args):
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
-        self.begun_before = {}  # of each step that is held: how often it had begun
+        self.before = {}  # of each step that is held: how often it had begun, and been held
         for step, ranks in hold:
             self.hold(step, ranks)
         self.args = Args(directory=str(directory), **args)
@@ -60,6 +64,10 @@ class Rollout:
         path = self.path(f"{step}.{rank}")
         return [int(pid) for pid in path.read_text().splitlines()] if path.exists() else []
 
+    def held(self, step, rank):
+        """The same of those that had to stay in it."""
+        return self.begun(f"held.{step}", rank)
+
     def pid(self, rank):
         """The newest actor of that rank."""
         return self.wait_for(lambda: self.begun("constructor", rank), f"actor {rank}")[-1]
@@ -67,12 +75,12 @@ class Rollout:
     def hold(self, step, ranks):
         """Engines of these ranks that begin `step` stay in it until they are let go."""
         for rank in ranks:
-            self.begun_before.setdefault((step, rank), len(self.begun(step, rank)))
+            self.before.setdefault((step, rank), (len(self.begun(step, rank)), len(self.held(step, rank))))
             self.path(f"hold.{step}.{rank}").touch()
 
     def let_go(self, step, ranks):
         for rank in ranks:
-            del self.begun_before[step, rank]
+            del self.before[step, rank]
             self.path(f"hold.{step}.{rank}").unlink()
 
     def wait_for(self, condition, what):
@@ -83,7 +91,7 @@ class Rollout:
                 self.ready.result()
             return condition()
 
-        return wait_until(holds, what=what)
+        return wait_until(holds, timeout_s=STEP_S, what=what)
 
     def cut(self, pid, peer=None):
         """Break the connection between an actor and the manager; there must be one."""
@@ -107,21 +115,21 @@ class Rollout:
         told = {"manager": "steps", "trainer": "trainer.steps"}[waiter]
         peer = int(self.path(f"{waiter}.pid").read_text()) if start else None
         self.hold(step, ranks)
-        before = {rank: (self.begun_before[step, rank], self.times("unavailable", rank, told)) for rank in ranks}
+        before = {rank: (*self.before[step, rank], self.times("unavailable", rank, told)) for rank in ranks}
         waiting = start() if start else None
-        for rank, (begun, _) in before.items():
-            self.wait_for(lambda r=rank, n=begun: len(self.begun(step, r)) > n, f"{step} of {rank}")
+        for rank, (_, held, _) in before.items():
+            self.wait_for(lambda r=rank, n=held: len(self.held(step, r)) > n, f"{step} of {rank}")
             if freeze_s is None:
                 self.cut(self.pid(rank), peer)
             else:
                 chaos.freeze(self.pid(rank), freeze_s)
-        for rank, (_, lost) in before.items() if freeze_s is None else ():
+        for rank, (_, _, lost) in before.items() if freeze_s is None else ():
             self.wait_for(
                 lambda r=rank, n=lost: self.times("unavailable", r, told) > n, f"the loss of {rank} in {step}"
             )
         self.let_go(step, ranks)
         result = waiting.result(120) if waiting else None
-        for rank, (begun, _) in before.items() if waiting else ():
+        for rank, (begun, _, _) in before.items() if waiting else ():
             assert len(self.begun(step, rank)) == begun + 1, f"{step} of {rank} ran more than once"
         return result
 
@@ -134,7 +142,7 @@ class Rollout:
         self.cut(self.manager_pid, os.getpid())
         self.wait_for(lambda: self.hops.count("unavailable") > lost, "the notice of the cut")
         self.let_go("check_weights", [0])
-        result = checked.result(60)
+        result = checked.result(120)
         assert len(self.begun("check_weights", 0)) == before + 1
         return result
 
@@ -150,7 +158,7 @@ class Rollout:
         self.wait_for(lambda: len(self.begun("constructor", rank)) > before, "the replacement")
         for step in waits:
             self.cut_during(step, [rank])
-        recovered.result(60)
+        recovered.result(120)
         assert len(self.begun("constructor", rank)) == before + 1
 
     def server_pid(self, rank):
@@ -175,9 +183,11 @@ class Rollout:
 
     def processes(self):
         """The manager, its router and engines, and all that is below them."""
-        pids = [self.manager_pid, *(self.pid(rank) for rank in range(self.actors or self.args.num_external))]
-        tops = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
-        return [*tops, *(child for top in tops for child in top.children(recursive=True))]
+        tops = []
+        for pid in (self.manager_pid, *(self.pid(rank) for rank in range(self.actors or self.args.num_external))):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                tops.append(psutil.Process(pid))
+        return [*tops, *(child for top in tops for child in below(top))]
 
     def close(self):
         for rank in range(self.actors or self.args.num_external):

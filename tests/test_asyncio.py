@@ -18,7 +18,6 @@ from ray.exceptions import GetTimeoutError, RayTaskError, TaskCancelledError
 
 import enginefsm
 from enginefsm import EngineState, RetryPolicy, arrivals, chaos
-from enginefsm.delivery import PATIENCE_S
 
 LAUNCHING, READY, UNAVAILABLE, DEAD = EngineState
 
@@ -182,8 +181,8 @@ def test_cancelling_at_any_moment_of_an_outage_loses_nothing(fleet, plain_loop, 
     rig.cut()
 
     async def impatient():
-        until = time.monotonic() + 4  # the break is told of within 2 s, the re-await follows within 1 s
-        while time.monotonic() < until:
+        began = time.monotonic()  # the break is told of within 2 s, the re-await follows within 1 s, or later if busy
+        while (passed_s := time.monotonic() - began) < 4 or (call.attempt == 0 and passed_s < 60):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(0.01):
                     await call
@@ -226,7 +225,8 @@ def test_a_call_that_another_wait_submits_again_just_as_it_is_watched_is_followe
     assert (call.attempt, rig.times_init_began()) == (1, 1)
 
 
-def test_an_exit_from_a_listener_passes_to_who_awaits_and_the_next_is_told_of_as_before(fleet):
+def test_an_exit_from_a_listener_passes_to_who_awaits_and_the_next_is_told_of_as_before(fleet, monkeypatch):
+    monkeypatch.setattr("enginefsm.delivery.PATIENCE_S", 60.0)
     rig = fleet.launch(AsyncEngine)
     rig.open()
     met = []
@@ -249,7 +249,7 @@ def test_an_exit_from_a_listener_passes_to_who_awaits_and_the_next_is_told_of_as
         asyncio.run(launch())
     value, took_s = asyncio.run(ask())
     assert value == 1
-    assert took_s < PATIENCE_S
+    assert took_s < 30, "it waited for whoever had exited"
     assert [each.method for each in fleet.outcomes(rig.engine)] == ["init", "times_init_ran"]
 
 
@@ -312,8 +312,7 @@ def test_methods_run_beside_one_another_and_a_cancelled_one_ends_though_it_was_r
     ready.wait_for("held")
     assert plain_loop.run(ready.engine.times_init_ran.remote()) == 1
     ready.cut()
-    wait_until(lambda: held.attempt == 1, what="the resubmission")
-    assert fleet.monitor.get(ready.engine.times_init_ran.remote()) == 1  # behind it: it has come
+    wait_until(lambda: fleet.monitor.get(ready.engine.waiting_again.remote()) == 1, what="the resubmission's arrival")
     ray.cancel(held.ref)
     assert isinstance(holding.exception(30), TaskCancelledError)
     ready.wait_for("cancelled")

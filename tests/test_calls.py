@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import pickle
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from bare_handles import bare_handle, recording_engine
@@ -15,6 +16,7 @@ from ray.exceptions import RayTaskError
 from enginefsm import EngineMonitor
 from enginefsm._actorside import DROPPED, RESTARTED
 from enginefsm.calls import Arguments, Call, Ledger, says_restarted
+from enginefsm.plain_calls import PlainCall
 
 
 def settled(ledger):
@@ -235,6 +237,20 @@ def test_threads_that_wait_for_one_call_resubmit_it_once(engine):
             future.result(10)
 
     assert [header[2] for _, header, _ in sent(engine)] == [0, 1]
+
+
+def test_a_plain_call_is_behind_a_call_that_another_thread_makes_as_it_is_sent(engine):
+    made = []
+
+    def call():
+        made.append(make_call(engine))
+        return Future()
+
+    probe = PlainCall(SimpleNamespace(engine=engine, waits_its_turn=True, call=call))
+
+    assert probe.is_behind_a_call()
+    made.pop().settle(answered=True)
+    assert not probe.is_behind_a_call()
 
 
 def test_the_code_is_sent_until_the_actor_has_answered(engine):

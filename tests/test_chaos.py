@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -569,8 +570,13 @@ def test_rays_own_processes_are_refused(chaos_cluster, name):
 
 
 def test_an_idle_worker_is_refused(chaos_cluster):
-    pid = ray.get(ray.remote(lambda: os.getpid()).remote())
-    wait_until(lambda: title(pid) == "ray::IDLE")
+    def an_idle_worker():
+        pid = ray.get(ray.remote(lambda: os.getpid()).remote())
+        with suppress(psutil.NoSuchProcess, IndexError):  # Ray may end one
+            wait_until(lambda: title(pid) == "ray::IDLE")
+            return pid
+
+    pid = wait_until(an_idle_worker)
     assert_refused(pid, "'ray::IDLE'")
     assert not is_stopped(pid)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import build
 import pytest
 import ray
-from engines import kill, wait_until
+from engines import held_within, kill, wait_until
 from known_faults import Manager
 from servers import monitoring
 from standin_fleet import StandInFleet
@@ -80,7 +80,7 @@ GLM = {"run": "glm", "model": "tiny"}
 REGULAR = {**GLM, "worker_type": "regular"}
 
 
-def about(seconds, up_to=120):
+def about(seconds, up_to=300):
     """An age that began so many seconds before the faults were made, and has grown since."""
     return lambda value: seconds - 1 <= value <= seconds + up_to
 
@@ -126,7 +126,7 @@ def timeline(states):
     return [({"run": "glm", "engine": engine}, codes[state]) for engine, state in states.items()]
 
 
-IS_HEARD_OF = lambda value: 0 <= value < 60  # noqa: E731
+IS_HEARD_OF = lambda value: 0 <= value < 110  # noqa: E731  an age; of 120 s on, it would be absent
 
 # What each query gives: labels, and the value, or what holds of it. Of a query over time, the last value of a line;
 # of bars and heatmaps the sum over the whole time. Nothing else may come.
@@ -288,6 +288,18 @@ class Watched:
         return self.server.api(f"label/{label}/values", **{"match[]": selector, "start": self.began_s})
 
 
+def assert_gives(ask, expected):
+    """That `ask()` gives what is expected; a machine that is busy may cost Prometheus a scrape, and all its values."""
+    found = {}
+
+    def gives():
+        found.clear()
+        found.update(differences(ask(), expected))
+        return not found
+
+    assert held_within(20, gives), found
+
+
 def differences(found, expected):
     """What came and was not expected, and the other way round."""
     found = [({k: v for k, v in labels.items() if k != "__name__"}, value) for labels, value in found]
@@ -356,20 +368,25 @@ def test_every_query_of_every_panel_is_held_to_what_it_must_give():
 @pytest.mark.parametrize("key", BRINGUP, ids=" ".join)
 def test_a_query_of_a_bringup_gives_what_its_faults_imply(fleet, key):
     target = QUERIES["bringup.json", *key]
-    assert not differences(fleet.ask(target, all_of("glm")), BRINGUP[key])
+    assert_gives(lambda: fleet.ask(target, all_of("glm")), BRINGUP[key])
 
 
 @pytest.mark.parametrize("key", RUNS, ids=" ".join)
 def test_a_query_over_all_runs_gives_what_their_faults_imply(fleet, key):
     target = QUERIES["runs.json", *key]
-    assert not differences(fleet.ask(target, all_of(".*")), RUNS[key])
+    assert_gives(lambda: fleet.ask(target, all_of(".*")), RUNS[key])
 
 
 def test_the_alerts_that_fire_are_those_that_the_faults_imply(fleet):
-    expected = alerts(fleet.hub_lives)
-    shown = QUERIES["runs.json", "Alerts", "A"]
-    wait_until(lambda: not differences(fleet.ask(shown, all_of(".*")), expected), 20, "the alerts")
-    assert fleet.ask(QUERIES["runs.json", "Firing", "A"], all_of(".*")) == [({}, len(expected))]
+    shown, counted = (QUERIES["runs.json", title, "A"] for title in ("Alerts", "Firing"))
+
+    def firing():
+        every, ((_, count),) = (fleet.ask(query, all_of(".*")) for query in (shown, counted))
+        # One of them waits for a minute, which may have passed.
+        some = [one for one in every if one[0]["alertname"] != "EnginefsmFleetDegraded"]
+        return [*some, ({"counted": str(count == len(every))}, count)]
+
+    assert_gives(firing, [*alerts(fleet.hub_lives), ({"counted": "True"}, lambda _: True)])
 
 
 def test_the_alert_on_a_dead_engine_says_why_it_died(fleet):
@@ -389,8 +406,8 @@ def test_the_alert_on_a_dead_engine_says_why_it_died(fleet):
 def test_what_happened_before_the_first_scrape_is_counted_once(fleet):
     steps = [step("", "launching", "launched", 2), step("launching", "ready", "init_succeeded", 2)]
     shown, launches = (QUERIES["bringup.json", title, "A"] for title in ("Transitions", "Launch time"))
-    assert not differences(fleet.ask(shown, all_of("qwen")), steps)
-    assert not differences(fleet.ask(launches, all_of("qwen")), launch_buckets(4.1, 4.1))
+    assert_gives(lambda: fleet.ask(shown, all_of("qwen")), steps)
+    assert_gives(lambda: fleet.ask(launches, all_of("qwen")), launch_buckets(4.1, 4.1))
 
 
 @pytest.mark.parametrize("dashboard", DASHBOARDS)
@@ -421,8 +438,7 @@ def test_each_variable_offers_what_there_is(fleet, dashboard):
     ],
 )  # fmt: skip
 def test_a_choice_narrows_what_is_shown(fleet, chosen, title, expected):
-    found = fleet.ask(QUERIES["bringup.json", title, "A"], all_of("glm") | chosen)
-    assert not differences(found, expected)
+    assert_gives(lambda: fleet.ask(QUERIES["bringup.json", title, "A"], all_of("glm") | chosen), expected)
 
 
 def test_a_fleet_of_a_thousand_shows_what_is_not_ready_and_the_rest_as_counts(tmp_path):
@@ -437,8 +453,9 @@ def test_a_fleet_of_a_thousand_shows_what_is_not_ready_and_the_rest_as_counts(tm
         seen = Watched(server)
         all_launching = 'count(enginefsm_engine_state{state="launching"} == 1) == 1000'
         server.wait_for(all_launching)
-        assert seen.ask(shown, all_of("big")) == []
-        assert ({"state": "launching"}, 1000) in seen.ask(counted, all_of("big"))
+        launching = [({"state": "launching"}, 1000), *(({"state": s}, 0) for s in ("ready", "unavailable", "dead"))]
+        assert_gives(lambda: seen.ask(counted, all_of("big")), launching)
+        assert_gives(lambda: seen.ask(shown, all_of("big")), [])
         for number in range(990):
             big.step(f"e{number:03}", Reason.INIT_SUCCEEDED)
         for number in range(3):
@@ -446,16 +463,14 @@ def test_a_fleet_of_a_thousand_shows_what_is_not_ready_and_the_rest_as_counts(tm
         for number in range(990, 995):
             big.step(f"e{number:03}", Reason.ACTOR_DIED)
         server.wait_for('count(enginefsm_engine_state{state="dead"} == 1) == 5')
-        rows = [(labels["engine"], value) for labels, value in seen.ask(shown, all_of("big"))]
-        assert sorted(rows) == [
-            *((f"e{number:03}", 3) for number in range(3)), *((f"e{number:03}", 4) for number in range(990, 995)),
-            *((f"e{number:03}", 2) for number in range(995, 1000)),
-        ]  # fmt: skip
+        codes = [(range(3), 3), (range(990, 995), 4), (range(995, 1000), 2)]
+        rows = [({"run": "big", "engine": f"e{number:03}"}, code) for numbers, code in codes for number in numbers]
+        assert_gives(lambda: seen.ask(shown, all_of("big")), rows)
         counts = [
             ({"state": "ready"}, 987), ({"state": "launching"}, 5),
             ({"state": "unavailable"}, 3), ({"state": "dead"}, 5),
         ]  # fmt: skip
-        assert not differences(seen.ask(counted, all_of("big")), counts)
+        assert_gives(lambda: seen.ask(counted, all_of("big")), counts)
 
 
 def test_an_engine_that_was_replaced_on_another_node_is_shown_where_it_was_last(tmp_path):
@@ -475,7 +490,7 @@ def test_an_engine_that_was_replaced_on_another_node_is_shown_where_it_was_last(
         seen = Watched(server)
         with fleet.served(targets):
             server.wait_for("enginefsm_engine_info")
-            assert rows() == {("e0", "old", "1", "dead")}
+            wait_until(lambda: rows() == {("e0", "old", "1", "dead")}, 20, "the engine")
             fleet.launch("e0", incarnation=2, node="new")
             server.wait_for('enginefsm_engine_info{incarnation="2"}')
             wait_until(lambda: rows() == {("e0", "new", "2", "launching")}, 20, "the replacement")

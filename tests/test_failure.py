@@ -41,11 +41,18 @@ def test_a_killed_engine_fails_the_bringup_by_name_while_others_still_launch(fle
 def test_a_killed_engine_that_ray_first_calls_unavailable_is_dead_one_probe_later(clusters, make_fleet):
     clusters.use(RAY_timeout_ms_task_wait_for_death_info="0")
     fleet = make_fleet()
-    rig = fleet.launch()
-    launch = fleet.in_background(rig.engine.init.remote())
-    killed(rig)
-    assert type(launch.exception(60)) is ActorDiedError
-    assert [each.outcome for each in fleet.outcomes(rig.engine)] == [Outcome.ACTOR_UNAVAILABLE, Outcome.ACTOR_DIED]
+    for _ in range(10):
+        rig = fleet.launch()
+        launch = fleet.in_background(rig.engine.init.remote())
+        killed(rig)
+        assert type(launch.exception(60)) is ActorDiedError
+        outcomes = [each.outcome for each in fleet.outcomes(rig.engine)]
+        if outcomes == [Outcome.ACTOR_UNAVAILABLE, Outcome.ACTOR_DIED]:
+            break
+        # On a busy machine Ray may know of the death at once, or call it unavailable a second time.
+        assert outcomes == [Outcome.ACTOR_UNAVAILABLE] * (len(outcomes) - 1) + [Outcome.ACTOR_DIED]
+    else:
+        pytest.fail(f"Ray did not call it unavailable first, and once: {outcomes}")
     assert fleet.steps(rig.engine)[1:] == [
         (LAUNCHING, UNAVAILABLE, Reason.ACTOR_UNAVAILABLE),
         (UNAVAILABLE, DEAD, Reason.ACTOR_DIED),
@@ -158,7 +165,7 @@ def test_an_engine_that_stays_cut_off_is_given_up_and_ray_s_last_error_is_kept(f
     assert type(raised.value.__cause__) is ActorUnavailableError
     assert isinstance(raised.value, ActorUnavailableError)
     assert raised.value.actor_id == rig.engine.actor_id
-    assert took_s < 20
+    assert took_s < 60
     assert fleet.steps(rig.engine)[-1] == (UNAVAILABLE, DEAD, Reason.RETRY_EXHAUSTED)
     labels = {"model": "tiny", "worker_type": "regular", "reason": "retry_exhausted"}
     assert fleet.metric("enginefsm_retry_exhausted_total", **labels) == 1
@@ -169,12 +176,12 @@ def test_an_engine_that_stays_cut_off_is_given_up_and_ray_s_last_error_is_kept(f
 
 @pytest.mark.parametrize("policy", [RetryPolicy(launch_deadline_s=5)])
 def test_a_frozen_engine_runs_into_the_launch_deadline_which_names_all_that_still_launch(fleet, policy):
-    rigs = [fleet.launch() for _ in range(3)]
+    rigs = fleet.launch_begun(*[fleet.engine_class] * 3)
+    rigs[0].open()
     calls = [rig.engine.init.remote() for rig in rigs]
+    fleet.monitor.get(calls[0])
     for rig in rigs:
         rig.wait_for("begun")
-    rigs[0].open()
-    fleet.monitor.get(calls[0])
     with chaos.freeze(rigs[1].pid), pytest.raises(LaunchDeadlineError) as raised:
         fleet.monitor.get(calls)
     assert isinstance(raised.value, GetTimeoutError)
@@ -262,7 +269,7 @@ def test_whoever_waits_for_an_engine_that_another_thread_gave_up_is_told(fleet, 
     del ref
 
 
-def test_a_slow_listener_hears_of_a_death_before_the_exception_leaves(fleet):
+def test_a_slow_listener_hears_of_a_death_before_the_exception_leaves(fleet, patience):
     heard, busy, go_on = [], threading.Event(), threading.Event()
 
     def slow(event):

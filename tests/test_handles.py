@@ -71,8 +71,7 @@ def test_arguments_are_those_of_the_moment_of_the_call(fleet):
     settings = {"port": 30000}
     launch = fleet.in_background(rig.engine.init.remote(value=settings))
     settings["port"] = 30001
-    rig.cut()
-    fleet.wait_for_state(rig.engine, enginefsm.EngineState.UNAVAILABLE)
+    rig.cut_until(lambda: rig.engine.state is enginefsm.EngineState.UNAVAILABLE)
     rig.open("let_go")
     rig.open()
     assert launch.result(60) == {"port": 30000}

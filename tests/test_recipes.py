@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import queue
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -176,7 +177,7 @@ class VerlReplica:
         )
 
     async def generate(self, prompt):
-        return await self.servers[hash(prompt) % len(self.servers)].generate.remote(prompt)
+        return await self.servers[zlib.crc32(prompt.encode()) % len(self.servers)].generate.remote(prompt)
 
 
 def test_verl(shop, background):

@@ -11,6 +11,7 @@ import pytest
 import ray
 from engines import Grouped, WithoutEnginefsm, wait_until
 from ray.exceptions import ActorUnavailableError, GetTimeoutError
+from stopwatch import Stopwatch
 
 from enginefsm import EngineState, Outcome, Reason, RetryPolicy, chaos
 
@@ -49,8 +50,7 @@ def test_a_cut_before_init_runs_costs_nothing(fleet):
     holding = rig.engine.handle.hold.remote()
     rig.wait_for("held")
     launch = fleet.in_background(rig.engine.init.remote())
-    rig.cut()
-    fleet.wait_for_state(rig.engine, UNAVAILABLE)
+    rig.cut_until(lambda: rig.engine.state is UNAVAILABLE)
     assert rig.times_init_began() == 0
     rig.open("let_go")
     rig.open()
@@ -72,15 +72,19 @@ def test_a_cut_while_init_runs_costs_nothing(fleet):
 
 
 def test_init_that_ends_while_its_reply_is_lost_gives_what_it_gave(fleet):
-    rig = fleet.launch()
-    launch = fleet.in_background(rig.engine.init.remote(value={"port": 30000}))
-    rig.wait_for("begun")
-    rig.cut()
-    rig.open()
-    rig.wait_for("ended")
-    assert fleet.steps(rig.engine) == [LAUNCHED], "Ray told of the break before init had ended"
-    assert launch.result(60) == {"port": 30000}
-    assert rig.times_init_began() == 1
+    for _ in range(5):
+        rig = fleet.launch()
+        launch = fleet.in_background(rig.engine.init.remote(value={"port": 30000}))
+        rig.wait_for("begun")
+        rig.cut()
+        rig.open()
+        rig.wait_for("ended")
+        ended_first = fleet.steps(rig.engine) == [LAUNCHED]
+        assert launch.result(60) == {"port": 30000}
+        assert rig.times_init_began() == 1
+        if ended_first:
+            return
+    pytest.fail("Ray, which takes a second to tell of a break, told of each before init had ended")
 
 
 def test_init_that_raises_while_its_reply_is_lost_raises_the_original_once(fleet):
@@ -115,14 +119,12 @@ def test_two_cuts_in_one_launch_cost_nothing(fleet):
     rig.wait_for("begun")
     rig.cut()
     fleet.wait_for_attempts(rig.engine, 1)
-    rig.cut()  # the connection of the re-await
-    fleet.wait_for_attempts(rig.engine, 2)
+    rig.cut_until(lambda: len(fleet.outcomes(rig.engine)) >= 2)  # the connection of the re-await
     rig.open()
     assert launch.result(60) == "launched"
     assert fleet.steps(rig.engine) == [LAUNCHED, LOST, BACK]
-    assert [each.outcome for each in fleet.outcomes(rig.engine)] == [Outcome.ACTOR_UNAVAILABLE] * 2 + [
-        Outcome.SUCCEEDED
-    ]
+    *lost, last = [each.outcome for each in fleet.outcomes(rig.engine)]
+    assert (set(lost), last) == ({Outcome.ACTOR_UNAVAILABLE}, Outcome.SUCCEEDED)
     assert rig.times_init_began() == 1
 
 
@@ -137,10 +139,11 @@ def test_a_busy_engine_is_not_polled_while_it_is_re_awaited(fleet):
     with pytest.raises(GetTimeoutError):
         fleet.monitor.get(call, timeout=4)  # longer than any pause of the policy
     assert call.attempt == 1
-    opened = time.monotonic()
-    rig.open()
-    launch.result(60)
-    assert time.monotonic() - opened < 1, "the outcome did not arrive with the end of init"
+    with Stopwatch() as since_opened:
+        rig.open()
+        launch.result(60)
+        assert since_opened.s < 1, "the outcome did not arrive with the end of init"
+    assert call.attempt == 1
 
 
 def test_the_same_engines_come_up_and_none_is_recreated(fleet):
@@ -192,8 +195,7 @@ def test_many_cuts_leave_one_waiter_in_a_threaded_engine(fleet):
     launch = fleet.in_background(rig.engine.init.remote())
     rig.wait_for("begun")
     for attempts in range(1, 5):
-        rig.cut()
-        fleet.wait_for_attempts(rig.engine, attempts)
+        rig.cut_until(lambda n=attempts: len(fleet.outcomes(rig.engine)) >= n)
         wait_until(lambda: launch.done() or rig.engine.state is UNAVAILABLE)
     # Of three threads init has one and the newest re-await another; older re-awaits have left theirs.
     assert fleet.monitor.get(rig.engine.times_init_ran.remote(), timeout=30) == 1
@@ -208,8 +210,13 @@ def test_a_get_that_timed_out_is_called_again(fleet):
     with pytest.raises(GetTimeoutError, match=rig.engine.name):
         fleet.monitor.get(call, timeout=0.1)
     rig.cut()
-    with pytest.raises(GetTimeoutError, match="unavailable"):
-        fleet.monitor.get(call, timeout=5)
+
+    def is_told_to_be_unavailable():
+        with pytest.raises(GetTimeoutError) as raised:
+            fleet.monitor.get(call, timeout=1)
+        return "unavailable" in str(raised.value)
+
+    wait_until(is_told_to_be_unavailable, what="the notice of the cut")
     rig.open()
     assert fleet.monitor.get(call) == "launched"
     assert fleet.monitor.get([call, call]) == ["launched", "launched"]
@@ -378,7 +385,7 @@ def test_an_engine_that_restores_its_own_state_is_the_same_engine(fleet):
     assert rig.engine.state is READY
 
 
-@pytest.mark.parametrize("policy", [RetryPolicy(budget_s=3, cap_s=1)])
+@pytest.mark.parametrize("policy", [RetryPolicy(budget_s=6, cap_s=1)])
 def test_the_budget_does_not_run_while_nobody_tries(fleet, policy):
     rig = fleet.launch()
     call = rig.engine.init.remote()
@@ -389,7 +396,7 @@ def test_the_budget_does_not_run_while_nobody_tries(fleet, policy):
     # The re-await's own connection may only be on its way: cut whatever there is until it has failed.
     wait_until(lambda: chaos.cut(rig.pid) >= 0 and ray.wait([call.ref], timeout=0.2)[0], what="its failure")
     silent_since = time.monotonic()
-    wait_until(lambda: time.monotonic() - silent_since > 4, what="the end of the budget")
+    wait_until(lambda: time.monotonic() - silent_since > 7, what="the end of the budget")
     rig.open()
     assert fleet.monitor.get(call) == "launched"
 

@@ -95,7 +95,7 @@ def test_the_log_of_these_tests_has_the_fields_that_the_exporter_writes(tmp_path
     monitor._delivery.put(CallOutcome("e", {}, "init", Outcome.ACTOR_DIED, 0, 1.5, False, 1, 100.0))
     engine.step(Reason.ACTOR_DIED)
     monitor._delivery.deliver()
-    monitor.close()
+    monitor.close(60)
     exported = map(json.loads, (tmp_path / "log").read_text().splitlines())
     written = map(json.loads, Log().begin().killed("e").add("end", 20).text().splitlines())
     of_exported, of_written = ({line["kind"]: set(line) for line in lines} for lines in (exported, written))

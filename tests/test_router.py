@@ -81,15 +81,15 @@ def test_a_router_that_is_gone_or_silent_is_an_error_within_the_time():
 
 
 @pytest.mark.parametrize(
-    ("listing", "complaint", "asked"),
+    ("listing", "complaint", "asked", "timeout_s"),
     [
-        (b"hello", "no list of workers", []),
-        (b"{}", "no list of workers", []),
-        (b'{"workers": [{}]}', "no list of workers", []),
-        (b'{"workers": [{"id": "a/b", "url": "http://x"}]}', "the time is up|timed out", ["/workers/a%2Fb"]),
+        (b"hello", "no list of workers", [], 30),
+        (b"{}", "no list of workers", [], 30),
+        (b'{"workers": [{}]}', "no list of workers", [], 30),
+        (b'{"workers": [{"id": "a/b", "url": "http://x"}]}', "the time is up|timed out", ["/workers/a%2Fb"], 4),
     ],
 )
-def test_a_router_that_answers_otherwise_is_an_error_within_the_time(listing, complaint, asked):
+def test_a_router_that_answers_otherwise_is_an_error_within_the_time(listing, complaint, asked, timeout_s):
     deleted = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -111,7 +111,7 @@ def test_a_router_that_answers_otherwise_is_an_error_within_the_time(listing, co
         thread.start()
         try:
             with pytest.raises(RouterError, match=complaint):
-                remove_worker("127.0.0.1", server.server_port, "http://x", timeout_s=0.5)
+                remove_worker("127.0.0.1", server.server_port, "http://x", timeout_s=timeout_s)
         finally:
             server.shutdown()
             thread.join()

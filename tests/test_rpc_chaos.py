@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from engines import Engine
+
+from enginefsm import RetryPolicy
 
 OF_EACH_KIND = 8
 LOSSES = {
@@ -31,7 +34,8 @@ class Counter(Engine):
         return sorted(self.seen)
 
 
-def test_calls_whose_messages_ray_loses_run_once_and_give_their_own_value(clusters, make_fleet):
+@pytest.mark.parametrize("policy", [RetryPolicy(budget_s=250, cap_s=1)])  # a dozen losses in one outage
+def test_calls_whose_messages_ray_loses_run_once_and_give_their_own_value(clusters, make_fleet, policy):
     clusters.use(RAY_testing_rpc_failure=json.dumps({"CoreWorkerService.grpc_client.PushTask": LOSSES}))
     fleet = make_fleet()
     rigs = [fleet.launch(Counter) for _ in range(2)]

@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 from engines import wait_until
-from processes import is_gone
+from processes import below, freeze, is_gone
 
 from enginefsm.server import ServerRequestError, ServerStartError
 from enginefsm.standin import StandInEngine
@@ -92,15 +92,19 @@ def free_port() -> int:
 def test_a_server_refuses_then_answers_503_and_serves_when_init_returns(
     make_engine: MakeEngine, free_port: int
 ) -> None:
-    engine = make_engine(import_s=0.5, load_s=0.5)
-    seen: list[int | str] = []
-    with ThreadPoolExecutor() as pool:
-        init = pool.submit(engine.init, free_port)
-        while not init.done():
-            seen.append(status_of(free_port))
-    assert init.result() == f"http://127.0.0.1:{free_port}"
-    assert list(dict.fromkeys(seen))[:2] == ["refused", 503]
-    assert status_of(free_port) == 200
+    for _ in range(3):  # on a machine that stands still meanwhile, nothing is seen
+        engine = make_engine(import_s=0.5, load_s=0.5)
+        seen: list[int | str] = []
+        with ThreadPoolExecutor() as pool:
+            init = pool.submit(engine.init, free_port)
+            while not init.done():
+                seen.append(status_of(free_port))
+        assert init.result() == f"http://127.0.0.1:{free_port}"
+        assert status_of(free_port) == 200
+        engine.shutdown()
+        if (in_order := list(dict.fromkeys(seen))[:2]) == ["refused", 503]:
+            break
+    assert in_order == ["refused", 503]
 
 
 def test_init_without_a_port_takes_a_free_one_and_gives_the_url(make_engine: MakeEngine) -> None:
@@ -134,7 +138,7 @@ def test_a_server_that_is_killed_while_it_starts_is_reported_at_once_by_signal(m
         init = pool.submit(engine.init)
         the_server().kill()
         with pytest.raises(ServerStartError, match="killed by SIGKILL") as error:
-            init.result(timeout=10)
+            init.result(timeout=60)
     assert error.value.exit_code == -signal.SIGKILL
 
 
@@ -146,7 +150,7 @@ def test_a_start_error_tells_the_exit_code_though_the_log_is_gone(make_engine: M
         shutil.rmtree(next(tmp_path.iterdir()))
         server.kill()
         with pytest.raises(ServerStartError, match=r"killed by SIGKILL(?s:.*)No such file"):
-            init.result(timeout=10)
+            init.result(timeout=60)
 
 
 def test_a_start_error_keeps_its_code_when_it_crosses_processes() -> None:
@@ -159,22 +163,22 @@ def test_a_server_that_is_frozen_while_it_starts_is_ended_at_the_deadline(make_e
     with ThreadPoolExecutor() as pool:
         init = pool.submit(engine.init)
         server = the_server()
-        server.suspend()
+        freeze(server)
         with pytest.raises(ServerStartError, match=r"not healthy within 2 s.*startup_deadline_s"):
-            init.result(timeout=20)
+            init.result(timeout=60)
     assert is_gone(server)
 
 
 def test_a_server_that_accepts_but_never_answers_is_ended_at_the_deadline(
     make_engine: MakeEngine, free_port: int
 ) -> None:
-    engine = make_engine(load_s=60, startup_deadline_s=2)
+    engine = make_engine(load_s=60, startup_deadline_s=6)
     with ThreadPoolExecutor() as pool:
         init = pool.submit(engine.init, free_port)
         wait_until(lambda: status_of(free_port) == 503)
-        the_server().suspend()
-        with pytest.raises(ServerStartError, match="not healthy within 2 s"):
-            init.result(timeout=20)
+        freeze(the_server())
+        with pytest.raises(ServerStartError, match="not healthy within 6 s"):
+            init.result(timeout=60)
 
 
 def test_a_second_init_is_refused_while_the_server_lives(make_engine: MakeEngine) -> None:
@@ -191,9 +195,11 @@ def test_a_second_init_is_refused_while_the_first_still_waits(make_engine: MakeE
     engine = make_engine(load_s=1)
     with ThreadPoolExecutor() as pool:
         init = pool.submit(engine.init)
-        the_server()
+        server = the_server()
+        freeze(server)
         with pytest.raises(RuntimeError, match="still starting"):
             engine.init()
+        server.resume()
         assert init.result() == engine.url()
 
 
@@ -251,10 +257,10 @@ def test_health_of_a_frozen_server_is_false_after_the_timeout(make_engine: MakeE
     engine = make_engine()
     engine.init()
     server = the_server()
-    server.suspend()
+    freeze(server)
     began = time.monotonic()
     assert not engine.health_generate(timeout_s=0.3)
-    assert 0.3 <= time.monotonic() - began < 5
+    assert 0.3 <= time.monotonic() - began < 30
     server.resume()
     assert engine.health_generate()
 
@@ -275,7 +281,7 @@ def test_generate_from_a_dead_server_says_that_it_exited_and_where_its_log_is(ma
 def test_generate_from_a_frozen_server_ends_at_the_timeout(make_engine: MakeEngine) -> None:
     engine = make_engine()
     engine.init()
-    the_server().suspend()
+    freeze(the_server())
     with pytest.raises(ServerRequestError, match=r"timed out.*still runs"):
         engine.generate("a prompt", timeout_s=0.3)
 
@@ -319,11 +325,12 @@ def test_a_host_that_is_not_of_this_machine_is_refused(make_engine: MakeEngine) 
 
 
 def test_a_port_in_use_is_refused_before_anything_is_launched(make_engine: MakeEngine, tmp_path: Path) -> None:
+    before = set(psutil.Process().children())
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(ServerStartError, match=f"port {port} on 127.0.0.1 is in use.*choose another port"):
             make_engine().init(port)
-    assert not psutil.Process().children()
+    assert set(psutil.Process().children()) <= before
     assert not list(tmp_path.iterdir())
 
 
@@ -331,9 +338,11 @@ def test_two_engines_that_start_on_one_port_do_not_share_a_server(make_engine: M
     first, second = make_engine(import_s=1), make_engine()
     with ThreadPoolExecutor() as pool:
         init = pool.submit(first.init, free_port)
-        the_server()
+        server = the_server()
+        freeze(server)
         with pytest.raises(ServerStartError, match=f"port {free_port}.*another engine is starting"):
             second.init(free_port)
+        server.resume()
         init.result()
     assert first.health_generate()
     assert not second.health_generate()
@@ -345,14 +354,16 @@ def test_a_port_that_is_taken_while_the_server_loads_is_reported_from_its_log(
     engine = make_engine(import_s=1.5)
     with ThreadPoolExecutor() as pool, socket.socket() as thief:
         init = pool.submit(engine.init, free_port)
-        the_server()
+        server = the_server()
+        freeze(server)
         thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         thief.bind(("127.0.0.1", free_port))
         thief.listen()
+        server.resume()
         wait_until(lambda: not servers())
         thief.close()  # so that a health request that it had accepted ends
         with pytest.raises(ServerStartError, match="Address already in use"):
-            init.result(timeout=10)
+            init.result(timeout=60)
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("inf"), float("nan"), True, "5"])
@@ -386,8 +397,8 @@ def test_shutdown_leaves_no_process_and_may_be_repeated(tmp_path: Path) -> None:
     engine = EngineWithOffspring(import_s=0, load_s=0, log_dir=tmp_path)
     engine.shutdown()
     engine.init()
-    processes = psutil.Process().children(recursive=True)
-    assert "sleep" in [process.name() for process in processes]
+    wait_until(lambda: below(name="sleep"))
+    processes = below()
     engine.shutdown()
     assert all(is_gone(process) for process in processes)
     engine.shutdown()
@@ -396,7 +407,7 @@ def test_shutdown_leaves_no_process_and_may_be_repeated(tmp_path: Path) -> None:
 def test_a_server_that_dies_takes_its_offspring_along(tmp_path: Path) -> None:
     engine = EngineWithOffspring(import_s=0, load_s=0, log_dir=tmp_path)
     engine.init()
-    assert "sleep" in [process.name() for process in psutil.Process().children(recursive=True)]
+    wait_until(lambda: below(name="sleep"))
     kill_the_server()
 
 
@@ -407,7 +418,7 @@ def test_shutdown_while_init_waits_ends_init_with_an_error_that_says_so(make_eng
         server = the_server()
         engine.shutdown()
         with pytest.raises(ServerStartError, match=r"ended by shutdown\(\) while init\(\) waited"):
-            init.result(timeout=10)
+            init.result(timeout=60)
     assert is_gone(server)
 
 
@@ -415,7 +426,7 @@ def test_shutdown_ends_a_frozen_server(make_engine: MakeEngine) -> None:
     engine = make_engine()
     engine.init()
     server = the_server()
-    server.suspend()
+    freeze(server)
     engine.shutdown()
     assert is_gone(server)
 
@@ -448,7 +459,9 @@ def start_owner(tmp_path: Path) -> Iterator[Callable[..., psutil.Process]]:
         assert owner.stdout is not None
         assert owner.stdout.readline().startswith("http://")
         assert owner.stdout.readline() == "ready\n"
-        return psutil.Process(owner.pid)
+        process = psutil.Process(owner.pid)
+        wait_until(lambda: below(process, "sleep"))
+        return process
 
     yield start
     for owner in owners:
@@ -461,8 +474,7 @@ def test_a_server_outlives_the_thread_that_ran_init_but_not_a_killed_owner(
 ) -> None:
     owner = start_owner()
     processes = owner.children(recursive=True)
-    assert {process.name() for process in processes} >= {"sleep"}
-    assert len(processes) == 3
+    assert len(processes) == 3  # the keeper, the server, its child
     assert not any(is_gone(process) for process in processes)
     owner.kill()
     wait_until(lambda: all(is_gone(process) for process in processes))
@@ -471,7 +483,7 @@ def test_a_server_outlives_the_thread_that_ran_init_but_not_a_killed_owner(
 def test_a_frozen_server_does_not_outlive_a_killed_owner(start_owner: Callable[..., psutil.Process]) -> None:
     owner = start_owner()
     processes = owner.children(recursive=True)
-    servers(under=owner)[0].suspend()
+    freeze(servers(under=owner)[0])
     owner.kill()
     wait_until(lambda: all(is_gone(process) for process in processes))
 
@@ -504,7 +516,7 @@ def test_a_keeper_that_is_killed_while_the_server_starts_is_named(make_engine: M
         init = pool.submit(engine.init)
         the_server().parent().kill()
         with pytest.raises(ServerStartError, match="keeper process was killed"):
-            init.result(timeout=10)
+            init.result(timeout=60)
 
 
 def test_an_owner_that_exits_by_itself_takes_the_server_along(tmp_path: Path) -> None:

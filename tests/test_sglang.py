@@ -61,7 +61,7 @@ def test_a_server_killed_with_its_owner_while_it_loads_leaves_no_process(model: 
             wait_until(has_started_its_own, timeout_s=120)
         finally:
             owner.kill()
-    wait_until(lambda: all(is_gone(process) for process in processes), timeout_s=20)
+    wait_until(lambda: all(is_gone(process) for process in processes))
 
 
 @pytest.mark.timeout(300)

@@ -31,7 +31,7 @@ def start(cluster, tmp_path):
 def kept(clusters, tmp_path_factory):
     clusters.use()
     rollout = Rollout(tmp_path_factory.mktemp("rollout"), server=QUICK, use_fault_tolerance=True)
-    assert rollout.ready.result(60)
+    assert rollout.ready.result(150)
     yield rollout
     rollout.close()
 
@@ -41,7 +41,7 @@ def rollout(kept, cluster):
     """A manager of two engines that is up, and serves when the test is done as it did before."""
     before = [incarnation for _, incarnation, _ in kept.places()]
     yield kept
-    assert [state for _, _, state in kept.places()] == ["ready", "ready"]
+    wait_until(lambda: [place and place[2] for place in kept.places()] == ["ready", "ready"], what="both engines")
     assert kept.ask("generate", 0) == [4, 4, 4, 4]
     kept.ask("offload")
     assert len(kept.ask("router_lists")) == 2
@@ -54,7 +54,7 @@ def test_a_manager_cut_off_at_each_wait_of_its_constructor_comes_up(start):
     rollout = start(hold=waits, num_encoders=1)
     for step, ranks in waits:
         rollout.cut_during(step, ranks)
-    assert rollout.ready.result(60)
+    assert rollout.ready.result(150)
     for rank in range(3):
         assert len(rollout.begun("init", rank)) == 1
         assert len(rollout.begun("ports", rank)) == 4
@@ -71,7 +71,7 @@ def test_a_manager_cut_off_at_each_wait_of_its_constructor_comes_up(start):
 def test_external_engines_cut_off_while_they_are_initialised_come_up(start):
     rollout = start(hold=[("init", [0, 1])], num_external=2, rollout_num_engines=0)
     rollout.cut_during("init", [0, 1])
-    assert rollout.ready.result(60)
+    assert rollout.ready.result(150)
     assert rollout.places() == [("default/regular/0", 1, "ready"), ("default/regular/1", 1, "ready")]
     assert rollout.ask("generate", 0) == [4, 4, 4, 4]
 
@@ -108,7 +108,10 @@ def test_a_trainer_cut_off_from_engines_while_it_updates_weights_goes_on(rollout
 
 
 def test_an_engine_cut_off_or_frozen_for_a_time_while_it_is_probed_is_kept(rollout):
+    probed = len(rollout.begun("health_generate", 0))
     rollout.ask("generate", 0)
+    # With the second probe, where the server is has been asked and told: that it serves is known from there on.
+    wait_until(lambda: len(rollout.begun("health_generate", 0)) > probed + 1, what="probes")
     rollout.cut_during("health_generate", [0])
     wait_until(lambda: rollout.places()[0][2] == "ready")
     with chaos.freeze(rollout.pid(1)):
@@ -151,8 +154,9 @@ def test_an_engine_whose_server_is_killed_is_shut_down_and_replaced_once(rollout
 
 def test_an_engine_frozen_for_good_is_killed_and_its_server_forgotten(start):
     rollout = start(use_fault_tolerance=True, budget_s=4.0, rollout_health_check_timeout=1.0)
-    assert rollout.ready.result(60)
+    assert rollout.ready.result(150)
     rollout.ask("generate", 0)
+    rollout.ask("get_urls")  # behind the question of the health monitor, for the router
     actor = psutil.Process(rollout.pid(0))
     chaos.freeze(actor.pid)
     rollout.wait_for_free(0)
@@ -166,9 +170,10 @@ def test_an_engine_frozen_for_good_is_killed_and_its_server_forgotten(start):
 
 def test_an_engine_of_two_nodes_ends_and_returns_whole_when_one_of_them_dies(start):
     rollout = start(use_fault_tolerance=True, nodes_per_engine=2)
-    assert rollout.ready.result(60)
+    assert rollout.ready.result(150)
     assert [one["labels"]["node_rank"] for one in rollout.ask("told")] == ["0", "1", "0", "1"]
     rollout.ask("generate", 0)
+    rollout.ask("get_urls")  # behind the question of the health monitor, for the router
     first = psutil.Process(rollout.pid(0))
     chaos.kill(rollout.pid(1))
     rollout.wait_for_free(0, 1)

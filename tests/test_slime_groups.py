@@ -212,13 +212,14 @@ def test_a_pause_waits_for_the_verdicts_that_are_behind_one_another(group, monit
 
     def shut_down(_):
         begun.set()
-        time.sleep(slime.VERDICT_S + 0.5)
+        time.sleep(1.5)
 
     def tell():
         for engine in engines:
             health._judged(SimpleNamespace(engines=(engine,)))
             time.sleep(0.3)  # a slow listener hears of the next one first
 
+    monkeypatch.setattr(slime, "VERDICT_S", 3.0)  # shorter than all three, longer than a machine's pause
     monkeypatch.setattr(slime, "_shut_down", shut_down)
     for engine in engines:
         engine.step(Reason.RETRY_EXHAUSTED)

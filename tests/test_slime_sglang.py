@@ -13,7 +13,7 @@ from enginefsm.sglang import CPU_ENV, cpu_server_args
 from enginefsm.tiny_model import make_tiny_model
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_real_engines_come_up_serve_and_are_replaced_once_whatever_is_cut_off_frozen_or_killed(cluster, tmp_path):
     model = str(make_tiny_model(tmp_path / "model"))
     waits = [("ports", [0]), ("ports", [1]), ("init", [0, 1])]

