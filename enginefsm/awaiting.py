@@ -203,11 +203,11 @@ class Wait:
         return None
 
     def _launch_deadlines(self) -> list[tuple[float, MonitoredEngine]]:
-        """Until when the engines that are launched here may take."""
+        """Until when the engines that are launched here, and have not been yet, may take."""
         after_s = self._policy.launch_deadline_s
         if after_s is None:
             return []
-        engines = dict.fromkeys(one.engine for one in self.open if one.launches)
+        engines = dict.fromkeys(one.engine for one in self.open if one.launches and not one.engine.has_launched)
         return [(engine.launched_at + after_s, engine) for engine in engines]
 
     def is_late(self) -> bool:
@@ -223,7 +223,10 @@ class Wait:
             return None
         self._look()
         for engine in late:
-            engine.step(Reason.LAUNCH_DEADLINE)
+            engine.give_up_launch()
+        late = [engine for engine in late if not engine.has_launched]  # another thread may have heard that one did
+        if not late:
+            return None
         launching = [*late, *(engine for engine in self._fleet() if engine.is_launching)]
         lines = "\n".join(f"  {engine.describe()}" for engine in dict.fromkeys(launching))
         return LaunchDeadlineError(

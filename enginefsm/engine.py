@@ -148,9 +148,14 @@ class MonitoredEngine:
         return self._record.ever_ready
 
     @property
+    def has_launched(self) -> bool:
+        """Whether its launch method has succeeded, whatever became of it since."""
+        return self._record.succeeded
+
+    @property
     def is_launching(self) -> bool:
         """Whether its launch method has not succeeded yet, though it is not dead: launching, or unavailable."""
-        return not self._record.succeeded and self._record.state != EngineState.DEAD
+        return not self.has_launched and self._record.state != EngineState.DEAD
 
     @property
     def launch_is_out(self) -> bool:
@@ -300,6 +305,12 @@ class MonitoredEngine:
         """End it for the health monitor, its bounds spent, unless it is back; says whether it did."""
         with self._lock:
             return self.state is EngineState.UNAVAILABLE and self._step(Reason.RETRY_EXHAUSTED, time.monotonic())
+
+    def give_up_launch(self) -> None:
+        """End it for the launch deadline, unless it has launched."""
+        with self._lock:
+            if not self._record.succeeded:
+                self._step(Reason.LAUNCH_DEADLINE, time.monotonic())
 
     def plan_resubmission(self, policy: RetryPolicy, call: Awaited) -> bool:
         """Set when `call`, which found the engine unavailable, is to be submitted again; False when out of bounds."""
