@@ -46,7 +46,7 @@ class Wait:
         self._emit = emit
         self._look = look
         self.expect: Callable[[ObjectRef[Any]], None] = lambda _: None
-        """Told of each reference that is watched from now on, and whose it is."""
+        """Told of each reference that is watched from now on."""
         self.values: dict[Awaited, Any] = {}
         """Of what has ended."""
         self.open: dict[Awaited, None] = {}
@@ -98,8 +98,11 @@ class Wait:
             self._watch_or_rest(one)
 
     def take(self, ref: ObjectRef[Any], outcome: Any) -> Exception | None:
-        """Take in what came of a watched reference: a value, or a `Raised`. Gives what is to be raised, if anything."""
-        failures = [self._take(one, ref, outcome) for one in self.watched.pop(ref)]
+        """Take in what came of a watched reference: a value, or a `Raised`. Gives what is to be raised, if anything.
+
+        What comes a second time, of a reference that was looked at meanwhile, changes nothing.
+        """
+        failures = [self._take(one, ref, outcome) for one in self.watched.pop(ref, ())]
         return next((failure for failure in failures if failure is not None), None)
 
     def _watch_or_rest(self, one: Awaited) -> None:
