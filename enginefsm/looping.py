@@ -172,11 +172,11 @@ async def wait_on_loop(
                     failure = None  # else the exception, by its traceback, keeps all of this alive
         return wait.values
     finally:
+        wait.leave()
         for engine in wait.engines:
             engine.forget_waker(inbox.wake)
-        for ref in wait.watched:
+        for ref in list(wait.watched):  # the lane may be submitting again still
             forget(inbox, ref)
-        wait.leave()
 
 
 async def _take_all(wait: Wait, inbox: _Inbox, turn: Pace) -> Exception | None:

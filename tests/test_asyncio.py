@@ -195,6 +195,33 @@ def test_cancelling_at_any_moment_of_an_outage_loses_nothing(fleet, plain_loop, 
     assert rig.times_init_began() == 1
 
 
+def test_cancelling_while_calls_are_submitted_again_is_cancelling(fleet, plain_loop, monkeypatch):
+    rig = fleet.launch()
+    call = rig.engine.init.remote()
+    rig.wait_for("begun")
+    waits, make = [], fleet.monitor._wait
+    monkeypatch.setattr(fleet.monitor, "_wait", lambda: waits.append(make()) or waits[-1])
+
+    def forget_while_another_is_watched(taker, ref):
+        arrivals.forget(taker, ref)
+        waits[0].watched[ray.put(None)] = []  # as the thread does that submits again
+
+    monkeypatch.setattr("enginefsm.looping.forget", forget_while_another_is_watched)
+
+    async def cancel():
+        task = asyncio.ensure_future(call)
+        wait_for_it = asyncio.get_running_loop().run_in_executor
+        await wait_for_it(None, wait_until, lambda: waits and waits[0].watched)
+        task.cancel()
+        await task
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(cancel())
+    monkeypatch.undo()
+    rig.open()
+    assert plain_loop.run(call) == "launched"
+
+
 def test_several_loops_and_threads_await_one_call_through_a_cut(fleet, no_noise):
     rig = fleet.launch(AsyncEngine)
     call = rig.engine.init.remote()
