@@ -84,17 +84,20 @@ class Wait:
     def resubmission_due(self) -> bool:
         """Whether `resubmit_due` has something to do: to submit again, or to watch what another wait has submitted."""
         now = time.monotonic()
-        return any(one.resubmit_at is None or one.resubmit_at <= now for one in self._resting)
+        return any(one.resubmit_at is None or one.is_due(now) for one in self._resting)
 
     def resubmit_due(self) -> None:
-        """Submit again what has paused for long enough."""
+        """Submit again what has paused for long enough, and what other waits have of the same engines before it."""
         now = time.monotonic()
-        resting, self._resting = self._resting, []
-        for one in resting:
+        resting, self._resting = dict.fromkeys(self._resting), []
+        engines = dict.fromkeys(one.engine for one in resting if one.is_due(now))
+        for one in dict.fromkeys([*(one for engine in engines for one in engine.due(now)), *resting]):
             try:
                 one.resubmit(now)
             except RayError as error:  # Ray refuses to submit: too many calls are pending, say
-                raise _noted(one, error) from error.__cause__
+                if one in resting:  # else it is told to whoever awaits that one
+                    raise _noted(one, error) from error.__cause__
+        for one in resting:
             self._watch_or_rest(one)
 
     def take(self, ref: ObjectRef[Any], outcome: Any) -> Exception | None:
