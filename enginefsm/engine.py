@@ -22,6 +22,8 @@ from enginefsm.policy import HELD_S, Outage, RetryPolicy
 from enginefsm.states import GIVEN_UP, STATES, EngineRecord, EngineState, LaunchStage, Reason, Transition, why
 
 PLAIN_REFS_KEPT = 100  # an engine
+BY_CONSTRUCTOR = "__ray_ready__"
+"""The launch method of an engine that its constructor makes ready: Ray's own, which any actor answers."""
 
 Probe = str | Callable[[Any], Any]
 """A method of the actor, by name, or a function of the actor instance, that says whether the launch succeeded."""
@@ -288,6 +290,8 @@ class MonitoredEngine:
             if outcome is Outcome.ACTOR_UNAVAILABLE and (self._outage is None or held):
                 self._outage = Outage(since=now)
             if outcome in (Outcome.SUCCEEDED, Outcome.METHOD_FAILED):
+                if self.launch == BY_CONSTRUCTOR and not self._record.succeeded:
+                    launches, outcome = True, Outcome.SUCCEEDED  # whatever was answered, the constructor had ended
                 if launches and outcome is Outcome.SUCCEEDED:
                     self._record.succeeded = True
                 if self._outage is None or submitted_at >= self._outage.since:

@@ -430,6 +430,11 @@ def test_an_engine_that_its_constructor_makes_ready_launches_by_ray_s_own_method
     assert rig.engine.state is READY
     asynchronous = fleet.launch(AsyncEngine, adopt={"launch": "__ray_ready__"})
     assert fleet.monitor.get(asynchronous.engine.__ray_ready__.remote()) is True
+    for ask in (lambda engine: engine.times_init_ran.remote(), lambda engine: engine.handle.fail.remote("no")):
+        asked = fleet.launch(Served, adopt={"launch": "__ray_ready__"})
+        with contextlib.suppress(ValueError):
+            fleet.monitor.get(ask(asked.engine))
+        assert asked.engine.state is READY
     doomed = enginefsm.EngineMonitor()
     engine = doomed.adopt(ray.remote(Doomed).options(num_cpus=0).remote(), name="doomed", launch="__ray_ready__")
     with pytest.raises(ray.exceptions.ActorDiedError, match="no such GPU"):
