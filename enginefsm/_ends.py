@@ -16,6 +16,8 @@ import atexit
 import contextlib
 import functools
 import threading
+import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -24,13 +26,14 @@ import ray
 from enginefsm import _ray_handles
 
 _lock = threading.Lock()
-_told: list[Callable[[], object]] = []
+_told: list[Callable[[], Callable[[], object] | None]] = []  # gives whom to call, or None once that one is gone
 
 
 def tell_before(act: Callable[[], object]) -> None:
-    """Have `act` called, once, before the end. It must not raise."""
+    """Have `act` called, once, before the end. It must not raise. A method keeps nobody alive for that."""
     with _lock:
-        _told.append(act)
+        _told[:] = [told for told in _told if told() is not None]
+        _told.append(weakref.WeakMethod(act) if isinstance(act, types.MethodType) else lambda: act)
         if getattr(ray.shutdown, "__name__", "") != _MARK:
             ray.shutdown = _first_tell(ray.shutdown)
         actor = _ray_handles.actor_instance()
@@ -45,15 +48,15 @@ def tell_before(act: Callable[[], object]) -> None:
 def forget(act: Callable[[], object]) -> None:
     """Have `act` not called any more."""
     with _lock:
-        if act in _told:
-            _told.remove(act)
+        _told[:] = [told for told in _told if told() not in (None, act)]
 
 
 def _tell() -> None:
     with _lock:
         told, _told[:] = list(_told), []
-    for act in told:
-        act()
+    for act in (gives() for gives in told):
+        if act is not None:
+            act()
 
 
 _MARK = "enginefsm_tells_first"

@@ -28,12 +28,13 @@ class Delivery:
 
     def __init__(self, listeners: Iterable[Listener], failed: Callable[[Listener], None]) -> None:
         self.listeners = list(listeners)
-        """Those that are called; more may be appended at any time."""
+        """Those that are called; more may be appended, and some removed, at any time."""
         self._failed = failed
         self._events: collections.deque[Event] = collections.deque()
         self._deliverer: dict[str, int] = {}  # the thread that calls listeners, if one does
         self._is_delivering = False
-        self._heard = 0  # how many listeners have heard the event that is being delivered
+        self._hearing: list[Listener] = []  # the listeners of the event that is being delivered
+        self._heard = 0  # how many of them have heard it
         self._delivered = threading.Condition()
         self._lane = Lane("listeners")
 
@@ -89,9 +90,11 @@ class Delivery:
     def _deliver_all(self) -> None:
         # An interrupt in a listener loses no event to the next one: the count of those that have heard it is kept.
         while self._events:
-            if self._heard < len(self.listeners):
+            if self._heard == 0:
+                self._hearing = list(self.listeners)
+            if self._heard < len(self._hearing):
                 self._heard += 1
-                self._call(self.listeners[self._heard - 1], self._events[0])
+                self._call(self._hearing[self._heard - 1], self._events[0])
             else:
                 self._heard = 0
                 self._events.popleft()

@@ -7,10 +7,12 @@ import contextlib
 import gc
 import pickle
 import time
+import weakref
 
 import pytest
 import ray
 import uvloop
+from bare_handles import bare_handle
 from engines import AsyncEngine, Asyncio, AsyncWithoutEnginefsm, Doomed, Engine, GroupedAsync, wait_until
 from loops import Loop
 from ray import cloudpickle
@@ -454,3 +456,24 @@ def test_who_awaits_when_ray_is_shut_down_is_told_so(clusters, tmp_path, plain_l
     with pytest.raises(told, match=r"Ray was shut down while init\(\) of 'one' was out|init\(\) of engine 'one'"):
         waiting.result(30)
     assert not ray.is_initialized()
+
+
+def test_after_ray_is_shut_down_the_next_engine_has_a_monitor_anew_though_nothing_is_exported(clusters):
+    clusters.close()
+    before = enginefsm.configure(run="anew", export=[])
+    enginefsm.adopt(bare_handle(), name="one")
+    ray.shutdown()
+    assert before.closed
+    enginefsm.adopt(bare_handle(), name="one")
+    assert enginefsm.default_monitor() is not before
+    enginefsm.default_monitor().close()
+    assert enginefsm.configure(export=[]).engines() == []
+
+
+def test_a_monitor_that_nobody_holds_is_not_kept_for_the_end():
+    monitor = enginefsm.EngineMonitor()
+    monitor.adopt(bare_handle(), name="one")
+    held = weakref.ref(monitor)
+    del monitor
+    gc.collect()
+    assert held() is None
