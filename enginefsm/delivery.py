@@ -10,12 +10,10 @@ import time
 from collections.abc import Callable, Iterable
 
 from enginefsm.events import Event, Listener
+from enginefsm.export.outbox import FLUSH_S
 from enginefsm.lane import Lane
 
 logger = logging.getLogger("enginefsm")
-
-PATIENCE_S = 2.0
-"""How long a delivery on a thread of its own waits for another thread that is at it."""
 
 
 class Delivery:
@@ -77,12 +75,12 @@ class Delivery:
             loop.call_soon(self.deliver_aside)
 
     async def delivered(self) -> None:
-        """Wait, on an event loop, until the listeners have heard of everything, `PATIENCE_S` at most."""
+        """Wait, on an event loop, until the listeners have heard of everything, `FLUSH_S` at most."""
         if self._events:
-            await self._lane.run(self._deliver_patiently, PATIENCE_S)
+            await self._lane.run(self._deliver_patiently, FLUSH_S)
 
     def _deliver_patiently(self) -> None:
-        self.deliver(PATIENCE_S)
+        self.deliver(FLUSH_S)
 
     def _may_deliver(self) -> bool:
         return not self._events or "thread" not in self._deliverer

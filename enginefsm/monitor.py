@@ -42,8 +42,8 @@ class EngineMonitor:
 
     Thread-safe. Listeners are called one event at a time, in order, outside every lock; one that raises is logged
     and counted, and costs the fleet nothing else. One that blocks, blocks whoever moved the engine (who awaits on an
-    event loop waits 2 s for it, and the loop not at all): a listener that has something slow to do hands it to a thread
-    of its own, as the exporters do.
+    event loop waits 2 s for it at most, and the loop not at all): a listener that has something slow to do hands it to
+    a thread of its own, as the exporters do.
 
     Args:
         run: The name of the training run, on every metric.
