@@ -16,6 +16,8 @@ import atexit
 import contextlib
 import functools
 import threading
+import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,15 +29,16 @@ LEAVE_S = 10.0
 """How long an end waits for threads that are in calls of Ray: as long as a hub takes to start on a busy machine."""
 
 _lock = threading.Lock()
-_told: list[Callable[[], object]] = []
+_told: list[Callable[[], Callable[[], object] | None]] = []  # gives whom to call, or None once that one is gone
 _left = threading.Condition()
 _in_ray: list[int] = []  # the threads that are
 
 
 def tell_before(act: Callable[[], object]) -> None:
-    """Have `act` called, once, before the end. It must not raise."""
+    """Have `act` called, once, before the end. It must not raise. A method keeps nobody alive for that."""
     with _lock:
-        _told.append(act)
+        _told[:] = [told for told in _told if told() is not None]
+        _told.append(weakref.WeakMethod(act) if isinstance(act, types.MethodType) else lambda: act)
         if getattr(ray.shutdown, "__name__", "") != _MARK:
             ray.shutdown = _first_tell(ray.shutdown)
         actor = _ray_handles.actor_instance()
@@ -50,8 +53,7 @@ def tell_before(act: Callable[[], object]) -> None:
 def forget(act: Callable[[], object]) -> None:
     """Have `act` not called any more."""
     with _lock:
-        if act in _told:
-            _told.remove(act)
+        _told[:] = [told for told in _told if told() not in (None, act)]
 
 
 @contextlib.contextmanager
@@ -70,8 +72,9 @@ def calling_ray() -> Iterator[None]:
 def _tell() -> None:
     with _lock:
         told, _told[:] = list(_told), []
-    for act in told:
-        act()
+    for act in (gives() for gives in told):
+        if act is not None:
+            act()
     with _left:
         _left.wait_for(lambda: not _in_ray, LEAVE_S)
 

@@ -46,7 +46,7 @@ class Wait:
         self._emit = emit
         self._look = look
         self.expect: Callable[[ObjectRef[Any]], None] = lambda _: None
-        """Told of each reference that is watched from now on, and whose it is."""
+        """Told of each reference that is watched from now on."""
         self.values: dict[Awaited, Any] = {}
         """Of what has ended."""
         self.open: dict[Awaited, None] = {}
@@ -84,22 +84,28 @@ class Wait:
     def resubmission_due(self) -> bool:
         """Whether `resubmit_due` has something to do: to submit again, or to watch what another wait has submitted."""
         now = time.monotonic()
-        return any(one.resubmit_at is None or one.resubmit_at <= now for one in self._resting)
+        return any(one.resubmit_at is None or one.is_due(now) for one in self._resting)
 
     def resubmit_due(self) -> None:
-        """Submit again what has paused for long enough."""
+        """Submit again what has paused for long enough, and what other waits have of the same engines before it."""
         now = time.monotonic()
-        resting, self._resting = self._resting, []
-        for one in resting:
+        resting, self._resting = dict.fromkeys(self._resting), []
+        engines = dict.fromkeys(one.engine for one in resting if one.is_due(now))
+        for one in dict.fromkeys([*(one for engine in engines for one in engine.due(now)), *resting]):
             try:
                 one.resubmit(now)
             except RayError as error:  # Ray refuses to submit: too many calls are pending, say
-                raise _noted(one, error) from error.__cause__
+                if one in resting:  # else it is told to whoever awaits that one
+                    raise _noted(one, error) from error.__cause__
+        for one in resting:
             self._watch_or_rest(one)
 
     def take(self, ref: ObjectRef[Any], outcome: Any) -> Exception | None:
-        """Take in what came of a watched reference: a value, or a `Raised`. Gives what is to be raised, if anything."""
-        failures = [self._take(one, ref, outcome) for one in self.watched.pop(ref)]
+        """Take in what came of a watched reference: a value, or a `Raised`. Gives what is to be raised, if anything.
+
+        What comes a second time, of a reference that was looked at meanwhile, changes nothing.
+        """
+        failures = [self._take(one, ref, outcome) for one in self.watched.pop(ref, ())]
         return next((failure for failure in failures if failure is not None), None)
 
     def _watch_or_rest(self, one: Awaited) -> None:
@@ -203,11 +209,11 @@ class Wait:
         return None
 
     def _launch_deadlines(self) -> list[tuple[float, MonitoredEngine]]:
-        """Until when the engines that are launched here may take."""
+        """Until when the engines that are launched here, and have not been yet, may take."""
         after_s = self._policy.launch_deadline_s
         if after_s is None:
             return []
-        engines = dict.fromkeys(one.engine for one in self.open if one.launches)
+        engines = dict.fromkeys(one.engine for one in self.open if one.launches and not one.engine.has_launched)
         return [(engine.launched_at + after_s, engine) for engine in engines]
 
     def is_late(self) -> bool:
@@ -223,7 +229,10 @@ class Wait:
             return None
         self._look()
         for engine in late:
-            engine.step(Reason.LAUNCH_DEADLINE)
+            engine.give_up_launch()
+        late = [engine for engine in late if not engine.has_launched]  # another thread may have heard that one did
+        if not late:
+            return None
         launching = [*late, *(engine for engine in self._fleet() if engine.is_launching)]
         lines = "\n".join(f"  {engine.describe()}" for engine in dict.fromkeys(launching))
         return LaunchDeadlineError(

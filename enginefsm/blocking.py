@@ -13,8 +13,8 @@ from enginefsm.arrivals import Raised
 from enginefsm.awaiting import Wait
 from enginefsm.calls import Awaited
 
-GATHER_S = 2e-5  # a reference
-MOST_GATHER_S = 0.05
+TOGETHER_S = 2e-5  # a reference
+MOST_TOGETHER_S = 0.05
 LOOK_S = 1.0  # how long a wait goes on before it looks whether another thread has given an engine up
 
 
@@ -34,11 +34,14 @@ def wait_blocking(
                 found = ready(wait, give_up_at, busy=busy)
                 busy = bool(found)
                 failure = _take_all(wait, found)
-                if failure is None and wait.is_late():
-                    failure = wait.launch_deadline()
                 del found
+            is_over = give_up_at is not None and time.monotonic() >= give_up_at
+            if failure is None and wait.open and (is_over or wait.is_late()):
+                failure = _take_all(wait, complete(wait))
+            if failure is None and wait.is_late():
+                failure = wait.launch_deadline()
             deliver()
-            if failure is None and wait.open and give_up_at is not None and time.monotonic() >= give_up_at:
+            if failure is None and wait.open and is_over:
                 assert timeout_s is not None
                 failure = wait.timed_out(timeout_s)
             if failure is not None:
@@ -56,13 +59,13 @@ def _take_all(wait: Wait, found: list[tuple[ObjectRef[Any], Any]]) -> Exception 
     return next((failure for failure in failures if failure is not None), None)
 
 
-def gather_s(references: int) -> float:
+def together_s(references: int) -> float:
     """How long to look at so many references together, when some have come in.
 
     A look at many costs about a microsecond each: those that come in soon after one another are looked at together. A
-    failure waits no longer than `MOST_GATHER_S` for that.
+    failure waits no longer than `MOST_TOGETHER_S` for that.
     """
-    return min(references * GATHER_S, MOST_GATHER_S)
+    return min(references * TOGETHER_S, MOST_TOGETHER_S)
 
 
 def ready(wait: Wait, give_up_at: float | None, *, busy: bool) -> list[tuple[ObjectRef[Any], Any]]:
@@ -73,13 +76,18 @@ def ready(wait: Wait, give_up_at: float | None, *, busy: bool) -> list[tuple[Obj
         time.sleep(pause_s)
         return []
     refs = list(wait.watched)
-    found = ray.wait(refs, num_returns=len(refs), timeout=gather_s(len(refs)))[0] if busy else []
+    found = ray.wait(refs, num_returns=len(refs), timeout=together_s(len(refs)))[0] if busy else []
     if not found:
         found = ray.wait(refs, num_returns=1, timeout=pause_s)[0]
     try:
         return list(zip(found, ray.get(found), strict=True)) if found else []
     except Exception:  # noqa: BLE001  one of them failed: which, is asked of each
         return [(ref, _outcome(ref)) for ref in found]
+
+
+def complete(wait: Wait) -> list[tuple[ObjectRef[Any], Any]]:
+    """All that is there when time is up: nothing that has come is to count as late for not having been looked at."""
+    return ready(wait, time.monotonic(), busy=True)
 
 
 def _outcome(ref: ObjectRef[Any]) -> Any:

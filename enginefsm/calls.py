@@ -161,8 +161,8 @@ class Awaited:
     """
 
     __slots__ = (
-        "_left_at", "attempt", "attempts_in_outage", "engine", "failing", "launches", "lock", "made_at", "method",
-        "outage", "ref", "reported", "resubmit_at", "submitted_at",
+        "__weakref__", "_left_at", "attempt", "attempts_in_outage", "engine", "failing", "launches", "lock",
+        "made_at", "method", "outage", "ref", "reported", "resubmit_at", "submitted_at",
     )  # fmt: skip
 
     ref: ObjectRef[Any]
@@ -208,10 +208,15 @@ class Awaited:
             if left_at is not None and self.failing is not None:
                 self.failing.since += time.monotonic() - left_at
 
+    def is_due(self, now: float) -> bool:
+        """Whether it is to be submitted again by now."""
+        at = self.resubmit_at  # read once: another thread may submit it at any moment
+        return at is not None and at <= now
+
     def resubmit(self, now: float) -> None:
         """Submit again, if that is due. Raises what Ray raises when it refuses to submit."""
         with self.lock:
-            if self.resubmit_at is None or self.resubmit_at > now:
+            if not self.is_due(now):
                 return
             self.attempt += 1
             self.submitted_at = now
@@ -232,7 +237,7 @@ class Call(Awaited):
     It runs at most once in the actor's life, however often it is submitted.
     """
 
-    __slots__ = ("__weakref__", "_arguments", "_number", "_options")
+    __slots__ = ("_arguments", "_number", "_options")
 
     def __init__(self, engine: MonitoredEngine, method: str, arguments: Arguments, options: dict[str, Any]) -> None:
         super().__init__(engine, method, launches=method == engine.launch)

@@ -10,12 +10,10 @@ import time
 from collections.abc import Callable, Iterable
 
 from enginefsm.events import Event, Listener
+from enginefsm.export.outbox import FLUSH_S
 from enginefsm.lane import Lane
 
 logger = logging.getLogger("enginefsm")
-
-PATIENCE_S = 2.0
-"""How long a delivery on a thread of its own waits for another thread that is at it."""
 
 
 class Delivery:
@@ -28,12 +26,13 @@ class Delivery:
 
     def __init__(self, listeners: Iterable[Listener], failed: Callable[[Listener], None]) -> None:
         self.listeners = list(listeners)
-        """Those that are called; more may be appended at any time."""
+        """Those that are called; more may be appended, and some removed, at any time."""
         self._failed = failed
         self._events: collections.deque[Event] = collections.deque()
         self._deliverer: dict[str, int] = {}  # the thread that calls listeners, if one does
         self._is_delivering = False
-        self._heard = 0  # how many listeners have heard the event that is being delivered
+        self._hearing: list[Listener] = []  # the listeners of the event that is being delivered
+        self._heard = 0  # how many of them have heard it
         self._delivered = threading.Condition()
         self._lane = Lane("listeners")
 
@@ -76,12 +75,12 @@ class Delivery:
             loop.call_soon(self.deliver_aside)
 
     async def delivered(self) -> None:
-        """Wait, on an event loop, until the listeners have heard of everything, `PATIENCE_S` at most."""
+        """Wait, on an event loop, until the listeners have heard of everything, `FLUSH_S` at most."""
         if self._events:
-            await self._lane.run(self._deliver_patiently, PATIENCE_S)
+            await self._lane.run(self._deliver_patiently, FLUSH_S)
 
     def _deliver_patiently(self) -> None:
-        self.deliver(PATIENCE_S)
+        self.deliver(FLUSH_S)
 
     def _may_deliver(self) -> bool:
         return not self._events or "thread" not in self._deliverer
@@ -89,9 +88,11 @@ class Delivery:
     def _deliver_all(self) -> None:
         # An interrupt in a listener loses no event to the next one: the count of those that have heard it is kept.
         while self._events:
-            if self._heard < len(self.listeners):
+            if self._heard == 0:
+                self._hearing = list(self.listeners)
+            if self._heard < len(self._hearing):
                 self._heard += 1
-                self._call(self.listeners[self._heard - 1], self._events[0])
+                self._call(self._hearing[self._heard - 1], self._events[0])
             else:
                 self._heard = 0
                 self._events.popleft()

@@ -7,6 +7,7 @@ import math
 import operator
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,6 +22,8 @@ from enginefsm.policy import HELD_S, Outage, RetryPolicy
 from enginefsm.states import GIVEN_UP, STATES, EngineRecord, EngineState, LaunchStage, Reason, Transition, why
 
 PLAIN_REFS_KEPT = 100  # an engine
+BY_CONSTRUCTOR = "__ray_ready__"
+"""The launch method of an engine that its constructor makes ready: Ray's own, which any actor answers."""
 
 Probe = str | Callable[[Any], Any]
 """A method of the actor, by name, or a function of the actor instance, that says whether the launch succeeded."""
@@ -55,11 +58,13 @@ class MonitoredEngine:
     """
 
     __slots__ = (
+        "_again_at",
         "_lock",
         "_on_step",
         "_outage",
         "_plain_refs",
         "_record",
+        "_resting",
         "_wakers",
         "handle",
         "launch",
@@ -106,6 +111,8 @@ class MonitoredEngine:
         self._lock = threading.Lock()
         self._on_step = on_step
         self._outage: Outage | None = None
+        self._again_at = 0.0  # the moment at which all that rest are submitted again, monotonic
+        self._resting: list[weakref.ref[Awaited]] = []
 
     @property
     def name(self) -> str:
@@ -148,9 +155,14 @@ class MonitoredEngine:
         return self._record.ever_ready
 
     @property
+    def has_launched(self) -> bool:
+        """Whether its launch method has succeeded, whatever became of it since."""
+        return self._record.succeeded
+
+    @property
     def is_launching(self) -> bool:
         """Whether its launch method has not succeeded yet, though it is not dead: launching, or unavailable."""
-        return not self._record.succeeded and self._record.state != EngineState.DEAD
+        return not self.has_launched and self._record.state != EngineState.DEAD
 
     @property
     def launch_is_out(self) -> bool:
@@ -278,6 +290,8 @@ class MonitoredEngine:
             if outcome is Outcome.ACTOR_UNAVAILABLE and (self._outage is None or held):
                 self._outage = Outage(since=now)
             if outcome in (Outcome.SUCCEEDED, Outcome.METHOD_FAILED):
+                if self.launch == BY_CONSTRUCTOR and not self._record.succeeded:
+                    launches, outcome = True, Outcome.SUCCEEDED  # whatever was answered, the constructor had ended
                 if launches and outcome is Outcome.SUCCEEDED:
                     self._record.succeeded = True
                 if self._outage is None or submitted_at >= self._outage.since:
@@ -301,21 +315,42 @@ class MonitoredEngine:
         with self._lock:
             return self.state is EngineState.UNAVAILABLE and self._step(Reason.RETRY_EXHAUSTED, time.monotonic())
 
+    def give_up_launch(self) -> None:
+        """End it for the launch deadline, unless it has launched."""
+        with self._lock:
+            if not self._record.succeeded:
+                self._step(Reason.LAUNCH_DEADLINE, time.monotonic())
+
     def plan_resubmission(self, policy: RetryPolicy, call: Awaited) -> bool:
-        """Set when `call`, which found the engine unavailable, is to be submitted again; False when out of bounds."""
+        """Set when `call`, which found the engine unavailable, is to be submitted again; False when out of bounds.
+
+        All that rest are submitted at one moment, so that the actor gets them in the order in which they were made.
+        """
         with self._lock:
             now = time.monotonic()
             if self._outage is None:
                 # Another thread's call was answered since: the engine is back already.
-                call.resubmit_at = now
+                call.resubmit_at = max(now, self._again_at)
+                self._resting.append(weakref.ref(call))
                 return True
             if call.failing is None or call.outage is not self._outage:
                 call.outage, call.failing, call.attempts_in_outage = self._outage, Outage(since=now), 0
             if call.failing.exhausted(policy, call.attempts_in_outage, now):
                 return False
-            call.resubmit_at = call.failing.resubmit_at(policy, call.attempts_in_outage, now)
+            if self._again_at <= now:
+                self._again_at = now + self._outage.next_pause_s(policy)
+            call.resubmit_at = call.failing.in_budget(policy, self._again_at, now)
             call.attempts_in_outage += 1
+            self._resting.append(weakref.ref(call))
             return True
+
+    def due(self, now: float) -> list[Awaited]:
+        """Which of its calls are to be submitted again by now, whoever awaits them, in the order of their making."""
+        with self._lock:
+            held = (ref() for ref in self._resting)
+            calls = [call for call in held if call is not None and call.resubmit_at is not None]
+            self._resting = [weakref.ref(call) for call in calls]
+        return sorted((call for call in calls if call.is_due(now)), key=operator.attrgetter("made_at"))
 
     def _step(self, reason: Reason, now: float) -> bool:
         step = self._record.move(reason, now, time.time())

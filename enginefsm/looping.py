@@ -19,7 +19,7 @@ from ray import ObjectRef
 
 from enginefsm.arrivals import forget, tell
 from enginefsm.awaiting import Wait
-from enginefsm.blocking import gather_s, ready
+from enginefsm.blocking import complete, together_s
 from enginefsm.calls import Awaited
 from enginefsm.lane import Lane
 
@@ -27,7 +27,7 @@ TURN_S = 0.003
 """How much of one turn of a loop all waits on it use together."""
 QUEUED_A_TURN = 8
 """How many of the pieces that had to wait for a turn are done in one."""
-GATHER_FROM = 100
+TOGETHER_FROM = 100
 LOOK_S = 5.0
 """How long a wait goes on before it looks whether Ray was shut down, of which nobody is told."""
 
@@ -155,14 +155,16 @@ async def wait_on_loop(
                     await lane.run(wait.resubmit_due)
                 await inbox.sleep(min(wait.wake_at(), give_up_at, time.monotonic() + LOOK_S))
                 failure = await _take_all(wait, inbox, turn)
+            is_over = time.monotonic() >= give_up_at
+            if failure is None and wait.open and (is_over or wait.is_late()):  # Ray's threads may not have come yet
+                failure = await _take(wait, await lane.run(functools.partial(complete, wait)), turn)
             if failure is None and wait.is_late():
                 failure = await lane.run(wait.launch_deadline)
             if failure is None and wait.open:
                 deliver()
-            if failure is None and wait.open and timeout_s is not None and time.monotonic() >= give_up_at:
-                failure = await _take(wait, await lane.run(functools.partial(_complete, wait)), turn)
-                if failure is None and wait.open:
-                    failure = await lane.run(functools.partial(wait.timed_out, timeout_s))
+            if failure is None and wait.open and is_over:
+                assert timeout_s is not None
+                failure = await lane.run(functools.partial(wait.timed_out, timeout_s))
             if failure is not None:
                 try:
                     raise failure
@@ -170,16 +172,16 @@ async def wait_on_loop(
                     failure = None  # else the exception, by its traceback, keeps all of this alive
         return wait.values
     finally:
+        wait.leave()
         for engine in wait.engines:
             engine.forget_waker(inbox.wake)
-        for ref in wait.watched:
+        for ref in list(wait.watched):  # the lane may be submitting again still
             forget(inbox, ref)
-        wait.leave()
 
 
 async def _take_all(wait: Wait, inbox: _Inbox, turn: Pace) -> Exception | None:
-    if len(wait.watched) > GATHER_FROM:  # what comes in soon after one another is looked at together
-        await asyncio.sleep(gather_s(len(wait.watched)))
+    if len(wait.watched) > TOGETHER_FROM:  # what comes in soon after one another is looked at together
+        await asyncio.sleep(together_s(len(wait.watched)))
     for ref in inbox.again():
         await turn()
         tell(inbox, ref)
@@ -193,8 +195,3 @@ async def _take(wait: Wait, outcomes: list[tuple[ObjectRef[Any], Any]] | None, t
         found = wait.take(ref, outcome)
         failure = found if failure is None else failure
     return failure
-
-
-def _complete(wait: Wait) -> list[tuple[ObjectRef[Any], Any]]:
-    """What is there when time is up, though Ray's threads have not come with it yet: all, it may be, if that is 0 s."""
-    return ready(wait, time.monotonic(), busy=True)

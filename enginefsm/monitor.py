@@ -42,8 +42,8 @@ class EngineMonitor:
 
     Thread-safe. Listeners are called one event at a time, in order, outside every lock; one that raises is logged
     and counted, and costs the fleet nothing else. One that blocks, blocks whoever moved the engine (who awaits on an
-    event loop waits 2 s for it, and the loop not at all): a listener that has something slow to do hands it to a thread
-    of its own, as the exporters do.
+    event loop waits 2 s for it at most, and the loop not at all): a listener that has something slow to do hands it to
+    a thread of its own, as the exporters do.
 
     Args:
         run: The name of the training run, on every metric.
@@ -85,6 +85,7 @@ class EngineMonitor:
             self.metrics.expect_listener(listener)
         self._exporters = from_environment() if export is None else list(export)
         self._exports: Exports | None = None
+        self._has_begun = False
         self.closed = False
         """Whether it has ended what it exported."""
 
@@ -111,7 +112,7 @@ class EngineMonitor:
         """
         check_adopted(handle, name, launch, probe, labels)
         actor_id = _ray_handles.actor_id(handle)
-        self._begin_exports()
+        self._begin()
         with self._lock:
             known = self._engines.get(actor_id)
             if known is not None:
@@ -328,12 +329,14 @@ class EngineMonitor:
             watches, self._watches = self._watches, []
         for watch in watches:
             watch.stop(timeout_s)
-        if exports is None:
-            return
         self.closed = True
         _ends.forget(self.close)
+        if exports is None:
+            return
         self.metrics.stopped()
         exports.close(timeout_s)
+        for outbox in exports.outboxes:
+            self._delivery.listeners.remove(outbox)
 
     def serve_metrics(self, port: int, addr: str = "127.0.0.1") -> MetricsServer:
         """Serve this monitor's metrics at `http://addr:port/metrics` from a thread; port 0 picks a free one.
@@ -347,12 +350,15 @@ class EngineMonitor:
         engine = self._by_name.get(name)
         return self._released.get(name, FIRST) if engine is None else engine.lineage_after()
 
-    def _begin_exports(self) -> None:
+    def _begin(self) -> None:
+        """With the first engine, begin to export, and have the end told."""
         with self._lock:
-            if self._exports is not None or not self._exporters:
+            if self._has_begun:
                 return
-            self._exports = Exports(self._exporters, self)
-            self._delivery.listeners.extend(self._exports.outboxes)
+            if self._exporters:
+                self._exports = Exports(self._exporters, self)
+                self._delivery.listeners.extend(self._exports.outboxes)
+            self._has_begun = True
         _ends.tell_before(self.close)
 
     def _flush_terminal(self) -> None:

@@ -28,14 +28,11 @@ class Outcome(StrEnum):
     RUNTIME_ENV_FAILED = "runtime_env_failed"
     CALL_LOST = "call_lost"
     """The call or its result was lost, cancelled or refused on the way. It says nothing of the engine."""
-    TIMED_OUT = "timed_out"
-    """The caller stopped waiting. It says nothing of the engine."""
 
 
 # For each exception that is not of an actor and not an engine's answer: what it says. Looked up along the class's
 # bases, so that the nearest entry counts. A class that Ray adds is reported by the test that walks ray.exceptions.
 _PLAIN: dict[type[BaseException], Outcome] = {
-    rx.GetTimeoutError: Outcome.TIMED_OUT,
     rx.OutOfMemoryError: Outcome.OUT_OF_MEMORY,
     rx.ActorUnschedulableError: Outcome.UNSCHEDULABLE,
     rx.ActorPlacementGroupRemoved: Outcome.UNSCHEDULABLE,
@@ -51,6 +48,7 @@ _PLAIN: dict[type[BaseException], Outcome] = {
     rx.UnserializableException: Outcome.METHOD_FAILED,
     # Ray lost, cancelled or refused something between the caller and the engine, or on the caller's own node.
     rx.TaskCancelledError: Outcome.CALL_LOST,
+    rx.GetTimeoutError: Outcome.CALL_LOST,  # the caller's own: it stopped waiting
     rx.LocalRayletDiedError: Outcome.CALL_LOST,
     rx.RaySystemError: Outcome.CALL_LOST,
     rx.AuthenticationError: Outcome.CALL_LOST,

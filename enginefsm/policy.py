@@ -114,6 +114,8 @@ class Outage:
 
     since: float
     """Monotonic."""
+    pauses: int = 0
+    """How many times the calls of the engine have paused together before they were submitted again."""
 
     def exhausted(self, policy: RetryPolicy, attempts: int, now: float) -> bool:
         """Whether one more resubmission, after `attempts` of them in this outage, is out of bounds."""
@@ -121,6 +123,11 @@ class Outage:
             return True
         return now - self.since >= policy.budget_s
 
-    def resubmit_at(self, policy: RetryPolicy, attempts: int, now: float) -> float:
-        """When to resubmit next: after the pause, but in time to use the last of the budget."""
-        return min(now + policy.pause_s(attempts + 1), max(now, self.since + policy.budget_s))
+    def next_pause_s(self, policy: RetryPolicy) -> float:
+        """Seconds to pause now; each pause of an outage may be longer than the last."""
+        self.pauses += 1
+        return policy.pause_s(self.pauses)
+
+    def in_budget(self, policy: RetryPolicy, at: float, now: float) -> float:
+        """When to resubmit, if that is to be `at`: in time to use the last of the budget."""
+        return min(at, max(now, self.since + policy.budget_s))

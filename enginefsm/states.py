@@ -78,8 +78,8 @@ STATES = {state.value: state for state in EngineState}
 
 _LIVE = (EngineState.LAUNCHING, EngineState.READY, EngineState.UNAVAILABLE)
 
-# What each reason does: from which states, to which. No reason leaves DEAD, and none but RECOVERED makes an
-# unavailable engine ready. LAUNCHED is not here: it is how a record begins.
+# What each reason does: from which states, to which. No reason leaves DEAD, none but RECOVERED makes an unavailable
+# engine ready, and no deadline of its launch ends one that is ready. LAUNCHED is not here: it is how a record begins.
 EDGES: Mapping[Reason, tuple[tuple[EngineState, ...], EngineState]] = {
     Reason.INIT_SUCCEEDED: ((EngineState.LAUNCHING,), EngineState.READY),
     Reason.ACTOR_UNAVAILABLE: ((EngineState.LAUNCHING, EngineState.READY), EngineState.UNAVAILABLE),
@@ -95,7 +95,7 @@ EDGES: Mapping[Reason, tuple[tuple[EngineState, ...], EngineState]] = {
     Reason.UNSCHEDULABLE: (_LIVE, EngineState.DEAD),
     Reason.RUNTIME_ENV_FAILED: (_LIVE, EngineState.DEAD),
     Reason.RETRY_EXHAUSTED: (_LIVE, EngineState.DEAD),
-    Reason.LAUNCH_DEADLINE: (_LIVE, EngineState.DEAD),
+    Reason.LAUNCH_DEADLINE: ((EngineState.LAUNCHING, EngineState.UNAVAILABLE), EngineState.DEAD),
     Reason.RELEASED: (_LIVE, EngineState.DEAD),
 }
 
@@ -229,30 +229,23 @@ def diagram() -> str:
 
     One arrow an edge with its reasons; what ends every live state alike is one arrow from their frame.
     """
-    reasons: dict[tuple[str, str], list[str]] = {}
+    live = {source for event in MACHINE.events.values() for source in event.transitions}
+    inner: dict[tuple[str, str], list[str]] = {}
+    outer: dict[tuple[str, str], list[str]] = {}
     for trigger, event in MACHINE.events.items():
-        for source, edges in event.transitions.items():
-            for edge in edges:
-                reasons.setdefault((source, str(edge.dest)), []).append(trigger)
-    live = [state for state in MACHINE.states if any(source == state for source, _ in reasons)]
-    common = {
-        dest: names
-        for (source, dest), names in reasons.items()
-        if all(reasons.get((other, dest)) == names for other in live)
-    }
-    arrows = [
-        f"        {source} --> {dest}: {', '.join(names)}"
-        for (source, dest), names in reasons.items()
-        if dest not in common
-    ]
+        for source, [edge] in event.transitions.items():
+            arrow = ("live" if event.transitions.keys() == live else source, str(edge.dest))
+            reasons = (inner if edge.dest in live else outer).setdefault(arrow, [])
+            if trigger not in reasons:
+                reasons.append(trigger)
     return "\n".join(
         [
             "stateDiagram-v2",
             "    state live {",
             f"        [*] --> {MACHINE.initial}: {Reason.LAUNCHED.value}",
-            *arrows,
+            *(f"        {source} --> {dest}: {', '.join(reasons)}" for (source, dest), reasons in inner.items()),
             "    }",
-            *(f"    live --> {dest}: {'<br/>'.join(names)}" for dest, names in common.items()),
-            *(f"    {dest} --> [*]" for dest in common),
+            *(f"    {source} --> {dest}: {'<br/>'.join(reasons)}" for (source, dest), reasons in outer.items()),
+            *(f"    {dest} --> [*]" for dest in dict.fromkeys(dest for _, dest in outer)),
         ]
     )

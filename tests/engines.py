@@ -64,6 +64,10 @@ class Engine:
         (self.directory / "held").touch()
         wait_until((self.directory / "let_go").exists, what="the release of the actor")
 
+    def note(self, text):
+        with (self.directory / "noted").open("a") as noted:
+            noted.write(f"{text}\n")
+
     def init_and_restore(self):
         """An init that puts its own state back, as from a checkpoint."""
         self.__dict__ = dict(self.__dict__)

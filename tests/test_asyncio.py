@@ -7,10 +7,12 @@ import contextlib
 import gc
 import pickle
 import time
+import weakref
 
 import pytest
 import ray
 import uvloop
+from bare_handles import bare_handle
 from engines import AsyncEngine, Asyncio, AsyncWithoutEnginefsm, Doomed, Engine, GroupedAsync, wait_until
 from loops import Loop
 from ray import cloudpickle
@@ -194,6 +196,33 @@ def test_cancelling_at_any_moment_of_an_outage_loses_nothing(fleet, plain_loop, 
     assert rig.times_init_began() == 1
 
 
+def test_cancelling_while_calls_are_submitted_again_is_cancelling(fleet, plain_loop, monkeypatch):
+    rig = fleet.launch()
+    call = rig.engine.init.remote()
+    rig.wait_for("begun")
+    waits, make = [], fleet.monitor._wait
+    monkeypatch.setattr(fleet.monitor, "_wait", lambda: waits.append(make()) or waits[-1])
+
+    def forget_while_another_is_watched(taker, ref):
+        arrivals.forget(taker, ref)
+        waits[0].watched[ray.put(None)] = []  # as the thread does that submits again
+
+    monkeypatch.setattr("enginefsm.looping.forget", forget_while_another_is_watched)
+
+    async def cancel():
+        task = asyncio.ensure_future(call)
+        wait_for_it = asyncio.get_running_loop().run_in_executor
+        await wait_for_it(None, wait_until, lambda: waits and waits[0].watched)
+        task.cancel()
+        await task
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(cancel())
+    monkeypatch.undo()
+    rig.open()
+    assert plain_loop.run(call) == "launched"
+
+
 def test_several_loops_and_threads_await_one_call_through_a_cut(fleet, no_noise):
     rig = fleet.launch(AsyncEngine)
     call = rig.engine.init.remote()
@@ -226,7 +255,7 @@ def test_a_call_that_another_wait_submits_again_just_as_it_is_watched_is_followe
 
 
 def test_an_exit_from_a_listener_passes_to_who_awaits_and_the_next_is_told_of_as_before(fleet, monkeypatch):
-    monkeypatch.setattr("enginefsm.delivery.PATIENCE_S", 60.0)
+    monkeypatch.setattr("enginefsm.delivery.FLUSH_S", 60.0)
     rig = fleet.launch(AsyncEngine)
     rig.open()
     met = []
@@ -402,6 +431,11 @@ def test_an_engine_that_its_constructor_makes_ready_launches_by_ray_s_own_method
     assert rig.engine.state is READY
     asynchronous = fleet.launch(AsyncEngine, adopt={"launch": "__ray_ready__"})
     assert fleet.monitor.get(asynchronous.engine.__ray_ready__.remote()) is True
+    for ask in (lambda engine: engine.times_init_ran.remote(), lambda engine: engine.handle.fail.remote("no")):
+        asked = fleet.launch(Served, adopt={"launch": "__ray_ready__"})
+        with contextlib.suppress(ValueError):
+            fleet.monitor.get(ask(asked.engine))
+        assert asked.engine.state is READY
     doomed = enginefsm.EngineMonitor()
     engine = doomed.adopt(ray.remote(Doomed).options(num_cpus=0).remote(), name="doomed", launch="__ray_ready__")
     with pytest.raises(ray.exceptions.ActorDiedError, match="no such GPU"):
@@ -421,3 +455,24 @@ def test_who_awaits_when_ray_is_shut_down_is_told_so(clusters, tmp_path, plain_l
     with pytest.raises(told, match=r"Ray was shut down while init\(\) of 'one' was out|init\(\) of engine 'one'"):
         waiting.result(30)
     assert not ray.is_initialized()
+
+
+def test_after_ray_is_shut_down_the_next_engine_has_a_monitor_anew_though_nothing_is_exported(clusters):
+    clusters.close()
+    before = enginefsm.configure(run="anew", export=[])
+    enginefsm.adopt(bare_handle(), name="one")
+    ray.shutdown()
+    assert before.closed
+    enginefsm.adopt(bare_handle(), name="one")
+    assert enginefsm.default_monitor() is not before
+    enginefsm.default_monitor().close()
+    assert enginefsm.configure(export=[]).engines() == []
+
+
+def test_a_monitor_that_nobody_holds_is_not_kept_for_the_end():
+    monitor = enginefsm.EngineMonitor()
+    monitor.adopt(bare_handle(), name="one")
+    held = weakref.ref(monitor)
+    del monitor
+    gc.collect()
+    assert held() is None

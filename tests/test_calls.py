@@ -5,18 +5,24 @@ from __future__ import annotations
 import gc
 import pickle
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
-from bare_handles import bare_handle, recording_engine
+from bare_handles import RecordingHandle, bare_handle, recording_engine
 from ray import ObjectRef, cloudpickle
-from ray.exceptions import RayTaskError
+from ray._raylet import ActorID
+from ray.exceptions import ActorUnavailableError, RayTaskError
 
-from enginefsm import EngineMonitor
+from enginefsm import EngineMonitor, RetryPolicy
 from enginefsm._actorside import DROPPED, RESTARTED
+from enginefsm.arrivals import Raised
+from enginefsm.awaiting import Wait
 from enginefsm.calls import Arguments, Call, Ledger, says_restarted
+from enginefsm.engine import MonitoredEngine
 from enginefsm.plain_calls import PlainCall
+from enginefsm.states import EngineRecord
 
 
 def settled(ledger):
@@ -221,6 +227,78 @@ def test_a_call_that_is_not_due_is_not_resubmitted(engine, due):
 
     assert len(sent(engine)) == 1
     assert call.resubmit_at == due
+
+
+POLICY = RetryPolicy(base_s=0.02, factor=4, cap_s=3, budget_s=60, jitter="none")
+
+
+@pytest.fixture
+def lost():
+    """An engine that can be reached no more, and how to lose a call to it that some wait has taken up."""
+    record = EngineRecord("e", {}, 1, time.monotonic(), time.time())
+    real = MonitoredEngine(bare_handle(), record, "init", None, lambda _: None)
+    real.handle = RecordingHandle()
+    real.handle._ray_actor_id = ActorID.from_random()
+
+    def lose(call, wait):
+        wait.take_up(call)
+        assert wait.take(call.ref, Raised(ActorUnavailableError("cut", None))) is None
+
+    return real, lose
+
+
+def a_wait():
+    return Wait(POLICY, list, lambda _: None, lambda: None)
+
+
+def submit_when_due(wait):
+    time.sleep(max(0.0, wait.wake_at() - time.monotonic()))
+    wait.resubmit_due()
+
+
+def test_calls_that_were_lost_go_out_again_in_the_order_of_their_making_whoever_awaits_them(lost):
+    engine, lose = lost
+    calls = [make_call(engine, "m", number) for number in range(6)]
+    waits = [a_wait() for _ in range(3)]
+    for number in (4, 2, 3, 0, 1, 5):
+        lose(calls[number], waits[number % 3])
+    assert len({call.resubmit_at for call in calls}) == 1
+
+    for wait in reversed(waits):
+        submit_when_due(wait)
+
+    assert [(header[2], *values) for _, header, values in sent(engine)] == [
+        (attempt, number) for attempt in (0, 1) for number in range(6)
+    ]
+    assert [sorted(one._arguments.values()[0] for [one] in wait.watched.values()) for wait in waits] == [
+        [0, 3], [1, 4], [2, 5],
+    ]  # fmt: skip
+
+
+def test_a_call_that_nobody_holds_any_more_does_not_go_out_with_others(lost):
+    engine, lose = lost
+    kept, wait = make_call(engine, "m", "kept"), a_wait()
+    lose(make_call(engine, "m", "dropped"), a_wait())
+    lose(kept, wait)
+    gc.collect()
+
+    submit_when_due(wait)
+
+    assert [values for _, _, values in sent(engine)] == [["kept"], ["dropped"], ["kept"]]
+
+
+def test_pauses_grow_with_the_outage_and_not_with_the_calls_that_it_takes(lost):
+    engine, lose = lost
+    calls, wait, pauses = [make_call(engine, "m", number) for number in range(4)], a_wait(), []
+    for _ in range(3):
+        began = time.monotonic()
+        for call in calls:
+            lose(call, wait)
+        pauses.append(wait.wake_at() - began)
+        calls.append(make_call(engine, "m", len(calls)))  # one more each time, which fails with the others
+        submit_when_due(wait)
+    assert pauses == [pytest.approx(expected, abs=0.015) for expected in (0.02, 0.08, 0.32)]
+    assert [call.attempts_in_outage for call in calls] == [3, 3, 3, 3, 2, 1, 0]
 
 
 def test_threads_that_wait_for_one_call_resubmit_it_once(engine):

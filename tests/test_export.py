@@ -26,6 +26,7 @@ from stopwatch import Stopwatch
 
 import enginefsm
 from enginefsm import CallOutcome, EngineMonitor, Outcome, Reason, export
+from enginefsm.delivery import Delivery
 from enginefsm.export import EventLog, Http, Hub, PushGateway, Textfile, outbox
 
 DIED = (Reason.ACTOR_UNAVAILABLE, Reason.RETRY_EXHAUSTED)
@@ -313,6 +314,32 @@ def test_closing_sends_what_is_left_and_that_this_is_the_end_and_ends_the_thread
     assert gate.batches[-1].stopped_s > 0
     assert [batch.stopped_s for batch in gate.batches[:-1]] == [0] * (len(gate.batches) - 1)
     monitor.close()
+
+
+def test_what_happens_after_closing_is_not_kept_for_exporters_and_not_counted_as_dropped(make_monitor, monkeypatch):
+    monkeypatch.setattr(outbox, "MOST_WAITING", 3)
+    gate = Gate()
+    gate.open.set()
+    monitor = make_monitor(gate)
+    adopt(monitor)
+    monitor.close()
+    for number in range(5):
+        adopt(monitor, f"after {number}")
+    assert dropped_of(monitor, gate.sink) == 0
+
+
+def test_a_listener_that_is_removed_meanwhile_keeps_no_event_from_those_after_it():
+    heard = []
+    delivery = Delivery([], lambda _: None)
+
+    def leaves(event):
+        delivery.listeners.remove(leaves)
+
+    delivery.listeners += [leaves, heard.append, lambda event: heard.append(-event)]
+    delivery.put(1)
+    delivery.put(2)
+    delivery.deliver()
+    assert heard == [1, -1, 2, -2]
 
 
 def test_closing_does_not_wait_for_an_exporter_that_hangs(make_monitor):

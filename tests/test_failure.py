@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import ctypes
 import os
 import signal
 import threading
@@ -249,6 +251,64 @@ def test_a_launch_that_ends_after_the_deadline_stays_late(fleet, policy):
     with pytest.raises(LaunchDeadlineError):
         fleet.monitor.get(call)
     assert rig.engine.state is DEAD
+
+
+def adopt_anew(fleet, rigs):
+    """Have the launch deadline count from when the actors are there."""
+    for rig in rigs:
+        rig.wait_for("pid")
+        fleet.monitor.release(rig.engine)
+    for rig in rigs:
+        rig.engine = fleet.monitor.adopt(rig.engine.handle, name=rig.engine.name)
+
+
+@pytest.mark.parametrize("policy", [RetryPolicy(launch_deadline_s=2, cap_s=2)])
+def test_a_launch_method_that_is_called_again_after_the_deadline_may_be_lost_and_ends_nobody(fleet, policy):
+    rig = fleet.launch()
+    adopt_anew(fleet, [rig])
+    rig.open()
+    fleet.monitor.get(rig.engine.init.remote())
+    wait_until(lambda: time.monotonic() > rig.engine.launched_at + 2.1, what="the deadline")
+    (rig.directory / "gate").unlink()
+    again = fleet.in_background(rig.engine.init.remote())
+    wait_until(lambda: rig.times_init_began() == 2, what="the second init")
+    rig.cut()
+    fleet.wait_for_state(rig.engine, UNAVAILABLE)
+    rig.open()
+    assert again.result(60) == "launched"
+    assert rig.engine.state is READY
+
+
+def get(monitor, calls):
+    return monitor.get(calls)
+
+
+def gather(monitor, calls):
+    return asyncio.run(monitor.gather(calls))
+
+
+def stand_still(until):
+    """Keep all of this interpreter's threads from running, as a value that is long to unpickle does."""
+    ctypes.PyDLL(None).poll(None, 0, max(0, round((until - time.monotonic()) * 1000)))
+
+
+@pytest.mark.parametrize("policy", [RetryPolicy(launch_deadline_s=2)])
+@pytest.mark.parametrize("wait", [get, gather])
+def test_launches_that_ended_in_time_are_in_time_though_they_are_heard_of_late(fleet, policy, wait):
+    rigs = [fleet.launch() for _ in range(4)]
+    adopt_anew(fleet, rigs)
+    awaited, later = (
+        [rig.engine.init.remote(value=number) for number, rig in enumerate(half)] for half in (rigs[:2], rigs[2:])
+    )
+    launch = fleet.threads.submit(wait, fleet.monitor, awaited)
+    for rig in rigs:
+        rig.wait_for("begun")
+    for rig in rigs:
+        rig.open()
+    stand_still(rigs[-1].engine.launched_at + 2.1)
+    assert launch.result(30) == [0, 1]
+    assert [wait(fleet.monitor, call) for call in later] == [0, 1]
+    assert {rig.engine.state for rig in rigs} == {READY}
 
 
 @pytest.mark.parametrize("policy", [RetryPolicy(max_attempts=0)])

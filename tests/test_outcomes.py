@@ -30,7 +30,7 @@ EXPECTED = {
     "AsyncioActorExit": O.ACTOR_DIED,
     "AuthenticationError": O.CALL_LOST,
     "CrossLanguageError": O.METHOD_FAILED,
-    "GetTimeoutError": O.TIMED_OUT,
+    "GetTimeoutError": O.CALL_LOST,
     "LocalRayletDiedError": O.CALL_LOST,
     "NodeDiedError": O.ACTOR_DIED,
     "ObjectFetchTimedOutError": O.CALL_LOST,
@@ -144,7 +144,7 @@ CRASH = NodeDeathInfo(reason=NodeDeathInfo.UNEXPECTED_TERMINATION)
         pytest.param(rx.OutOfMemoryError("node"), O.OUT_OF_MEMORY, id="out of memory"),
         pytest.param(rx.ActorUnschedulableError("gone"), O.UNSCHEDULABLE, id="unschedulable"),
         pytest.param(rx.RuntimeEnvSetupError("pip"), O.RUNTIME_ENV_FAILED, id="runtime env"),
-        pytest.param(rx.GetTimeoutError("caller"), O.TIMED_OUT, id="the caller's own timeout"),
+        pytest.param(rx.GetTimeoutError("caller"), O.CALL_LOST, id="the caller's own timeout"),
         pytest.param(rx.TaskCancelledError(), O.CALL_LOST, id="cancelled"),
         pytest.param(ImportError("torch"), O.METHOD_FAILED, id="a value that cannot be read here"),
         pytest.param(TimeoutError(), O.METHOD_FAILED, id="a timeout that is not Ray's"),
@@ -228,7 +228,7 @@ def test_an_outcome_moves_an_engine_for_one_reason_or_none(outcome, state, launc
         (O.ACTOR_UNAVAILABLE, READY, False, True, Reason.ACTOR_UNAVAILABLE),
         (O.ACTOR_DIED, UNAVAILABLE, False, False, Reason.ACTOR_DIED),
         (O.CALL_LOST, LAUNCHING, True, False, None),
-        (O.TIMED_OUT, UNAVAILABLE, True, False, None),
+        (O.CALL_LOST, UNAVAILABLE, True, False, None),
     ],
 )
 def test_an_engine_moves_as_the_design_says(outcome, state, launches, launched, reason):

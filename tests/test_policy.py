@@ -132,18 +132,17 @@ def test_an_outage_is_out_of_bounds_once_its_time_or_its_attempts_are_spent(poli
     [(0.0, 4.0), (5.0, 4.0), (7.0, 3.0), (10.0, 0.0), (12.0, 0.0)],
 )
 def test_the_last_resubmission_uses_what_is_left_of_the_budget(passed_s, after_s):
-    policy = RetryPolicy(budget_s=10, base_s=4, jitter="none")
     now = 100.0 + passed_s
 
-    assert Outage(since=100.0).resubmit_at(policy, 0, now) == pytest.approx(now + after_s)
+    assert Outage(since=100.0).in_budget(RetryPolicy(budget_s=10), now + 4.0, now) == pytest.approx(now + after_s)
 
 
 def test_each_resubmission_of_an_outage_waits_longer():
-    policy = RetryPolicy(base_s=1, factor=2, cap_s=5, jitter="none")
+    policy, outage = RetryPolicy(base_s=1, factor=2, cap_s=5, jitter="none"), Outage(since=0.0)
 
-    times = [Outage(since=0.0).resubmit_at(policy, attempts, now=0.0) for attempts in range(4)]
+    pauses = [outage.next_pause_s(policy) for _ in range(4)]
 
-    assert times == [pytest.approx(expected) for expected in (1, 2, 4, 5)]
+    assert pauses == [pytest.approx(expected) for expected in (1, 2, 4, 5)]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
@@ -221,6 +222,29 @@ def test_a_get_that_timed_out_is_called_again(fleet):
     assert fleet.monitor.get(call) == "launched"
     assert fleet.monitor.get([call, call]) == ["launched", "launched"]
     assert rig.times_init_began() == 1
+
+
+def test_calls_that_were_lost_together_run_in_the_order_in_which_they_were_made(fleet):
+    rig = fleet.launch()
+    rig.open()
+    fleet.monitor.get(rig.engine.init.remote())
+    with chaos.freeze(rig.pid):
+        rig.cut()
+        calls = [rig.engine.note.remote(str(number)) for number in range(9)]
+
+        async def one_by_one():
+            await asyncio.gather(*calls[1::3])
+
+        waits = [
+            fleet.in_background(calls[0::3]),
+            fleet.threads.submit(asyncio.run, one_by_one()),
+            *(fleet.in_background(call) for call in calls[2::3]),
+        ]
+        fleet.wait_for_state(rig.engine, UNAVAILABLE)  # after 20 s, when Ray gives up to connect
+    for wait in waits:
+        wait.result(60)
+    assert min(call.attempt for call in calls) >= 1
+    assert rig.read("noted").split() == [str(number) for number in range(9)]
 
 
 def test_two_threads_may_wait_for_one_call(fleet):

@@ -24,10 +24,10 @@ from enginefsm.states import EngineRecord, EngineState, Reason, diagram
 
 LAUNCHING, READY, UNAVAILABLE, DEAD = EngineState
 
-# Section 2 of the design, written out once more.
+# The table of edges, written out once more.
 FATAL = (
     Reason.ACTOR_DIED, Reason.CONSTRUCTOR_FAILED, Reason.INIT_FAILED, Reason.PREEMPTED, Reason.OUT_OF_MEMORY,
-    Reason.UNSCHEDULABLE, Reason.RUNTIME_ENV_FAILED, Reason.RETRY_EXHAUSTED, Reason.LAUNCH_DEADLINE, Reason.RELEASED,
+    Reason.UNSCHEDULABLE, Reason.RUNTIME_ENV_FAILED, Reason.RETRY_EXHAUSTED, Reason.RELEASED,
 )  # fmt: skip
 DOUBTS = (Reason.ACTOR_UNAVAILABLE, Reason.PROBE_TIMEOUT, Reason.PROBE_FAILED)
 EDGES = {
@@ -36,6 +36,7 @@ EDGES = {
     (UNAVAILABLE, Reason.ACTOR_REACHABLE): LAUNCHING,
     (UNAVAILABLE, Reason.RECOVERED): READY,
     **{(state, reason): DEAD for state in (LAUNCHING, READY, UNAVAILABLE) for reason in FATAL},
+    **{(state, Reason.LAUNCH_DEADLINE): DEAD for state in (LAUNCHING, UNAVAILABLE)},
 }
 WAY_TO = {
     LAUNCHING: (),
@@ -140,7 +141,7 @@ def test_the_diagram_has_every_edge():
     }
 
     live = {("live", "dead", reason) for reason in FATAL}
-    others = {(state, dest, reason) for (state, reason), dest in EDGES.items() if dest != DEAD}
+    others = {(state, dest, reason) for (state, reason), dest in EDGES.items() if reason not in FATAL}
     assert arrows == {("[*]", "launching", "launched")} | live | others
 
 
@@ -159,10 +160,10 @@ def test_the_lines_of_the_machine_library_are_silent_for_engines_and_kept_for_ot
 # --- whatever is said of an engine, in whatever order ---
 
 
-def engine_and_steps():
+def engine_and_steps(launch="init"):
     steps = []
     record = EngineRecord("e", {}, 1, time.monotonic(), time.time())
-    return MonitoredEngine(bare_handle(), record, "init", None, steps.append), steps
+    return MonitoredEngine(bare_handle(), record, launch, None, steps.append), steps
 
 
 observations = st.tuples(st.sampled_from(Outcome), st.booleans(), st.sampled_from([0.0, 1.0, 60.0]))
@@ -217,6 +218,34 @@ class WhateverIsSaidOfAnEngine(RuleBasedStateMachine):
     def is_ready_only_after_its_launch_was_heard_to_succeed(self):
         launched_by_verdict = any(step.reason in (Reason.INIT_SUCCEEDED, Reason.RECOVERED) for step in self.steps)
         assert self.engine.state is not READY or launched_by_verdict
+
+
+def test_no_deadline_of_its_launch_ends_an_engine_that_has_launched_be_it_unavailable_since():
+    engine, _ = engine_and_steps()
+    engine.observe(Outcome.SUCCEEDED, launches=True, submitted_at=time.monotonic())
+    engine.give_up_launch()
+    assert engine.state is READY
+    engine.step(Reason.PROBE_TIMEOUT)
+    engine.give_up_launch()
+    assert engine.state is UNAVAILABLE
+    other, _ = engine_and_steps()
+    other.step(Reason.ACTOR_UNAVAILABLE)
+    other.give_up_launch()
+    assert (other.state, other.reason) == (DEAD, Reason.LAUNCH_DEADLINE)
+
+
+@pytest.mark.parametrize("outcome", [Outcome.SUCCEEDED, Outcome.METHOD_FAILED])
+@pytest.mark.parametrize("launches", [False, True])
+def test_whatever_an_engine_answers_shows_that_its_constructor_ended(outcome, launches):
+    for way, reached in (((), Reason.INIT_SUCCEEDED), ((Reason.ACTOR_UNAVAILABLE,), Reason.RECOVERED)):
+        engine, steps = engine_and_steps("__ray_ready__")
+        for reason in way:
+            engine.step(reason)
+        engine.observe(outcome, launches=launches, submitted_at=time.monotonic())
+        assert (engine.state, steps[-1].reason) == (READY, reached)
+        engine.step(Reason.PROBE_FAILED)
+        engine.observe(outcome, launches=False, submitted_at=time.monotonic())
+        assert engine.state is UNAVAILABLE, "once it is ready, answers say no more than any engine's do"
 
 
 WhateverIsSaidOfAnEngine.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)

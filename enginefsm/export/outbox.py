@@ -25,7 +25,7 @@ from enginefsm.states import EngineState, Reason, Transition
 logger = logging.getLogger("enginefsm.export")
 
 FLUSH_S = 1.8
-"""How long an exception waits for its terminal events to be acknowledged, over all exporters together."""
+"""How long whoever waits for exporters to acknowledge, or for listeners to be told, waits for all of them together."""
 MOST_WAITING = 20_000
 """Events that wait for an exporter; above it, the oldest are dropped."""
 FIRST_PAUSE_S = 0.1
