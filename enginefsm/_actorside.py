@@ -47,7 +47,7 @@ settled; the method, and the names of its keywords."""
 # layout of the book and of the header.
 SHELF = "_enginefsm_books_1"
 MAX_OUTCOMES = 10_000  # held for one caller; past it the oldest is dropped
-# An outcome so old is dropped when anybody next calls; a caller so long silent, with no call open, when a new one comes.
+# An outcome so old is dropped when anybody next calls, a caller so long silent, with no call open, when a new one does.
 MAX_AGE_S = 3600.0
 RESTARTED = "enginefsm: this actor was restarted, and the earlier process took the call with it"
 DROPPED = "enginefsm: the outcome of this call is no longer remembered"

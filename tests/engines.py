@@ -94,7 +94,7 @@ class Engine:
     def remembered(self):
         """How many outcomes enginefsm keeps on this actor."""
         pages = sys.modules["_enginefsm_books_1"].books[id(self)]["callers"].values()
-        return sum(page["held"] for page in pages)
+        return sum(len(page["held"]) for page in pages)
 
     def can_import_enginefsm(self):
         try:
