@@ -12,12 +12,13 @@ The book of an actor:
     changed    a condition around everything below
     callers    {caller: page}, where a caller is one monitor that adopted this actor, and a page is
         below      every call with a lower number is settled: its caller has the outcome and will not ask again
-        unseen     those of them that have not come yet: given up on the way, they run once all the same
+        heard      no call from this number on is settled, as far as the caller has said
+        open       nor are these, of those between the two
+        unseen     those settled that have not come yet: given up on the way, they run once all the same
         late       whether Ray had restarted the actor by the time the caller first came to this process
         seen_at    when the caller was last heard of
-        calls      {number: entry} of those not below
-        ended      the entries in the order in which they ended, for dropping the oldest
-        held       how many of them hold an outcome
+        calls      {number: entry} of those that came and are not settled
+        held       {number: entry} of those of them that hold an outcome, in the order in which they ended
 An entry is [status, value, ended_at, attempt, wakers, cancel]: `attempt` is the newest that asked for it, `wakers` are
 called when something has become of it, and `cancel` cancels the task in which it runs; both are for event loops.
 """
@@ -29,6 +30,7 @@ import collections
 import contextlib
 import functools
 import inspect
+import itertools
 import pickle
 import sys
 import threading
@@ -45,7 +47,8 @@ settled; the method, and the names of its keywords."""
 # layout of the book and of the header.
 SHELF = "_enginefsm_books_1"
 MAX_OUTCOMES = 10_000  # held for one caller; past it the oldest is dropped
-MAX_AGE_S = 3600.0  # an outcome not asked for in so long is dropped; a caller so long silent, with no call open, too
+# An outcome so old is dropped when anybody next calls, a caller so long silent, with no call open, when a new one does.
+MAX_AGE_S = 3600.0
 RESTARTED = "enginefsm: this actor was restarted, and the earlier process took the call with it"
 DROPPED = "enginefsm: the outcome of this call is no longer remembered"
 
@@ -96,9 +99,9 @@ def run_once(book: dict[str, Any], header: Header, *values: Any) -> Any:
         values = args = ()
         kwargs = {}
         _forget_locals(error)
-        _end(changed, page, entry, _RAISED, (error, error.__traceback__))
+        _end(changed, page, header, entry, _RAISED, (error, error.__traceback__))
         raise
-    _end(changed, page, entry, _RETURNED, value)
+    _end(changed, page, header, entry, _RETURNED, value)
     return value
 
 
@@ -140,19 +143,21 @@ async def run_once_on_loop(book: dict[str, Any], header: Header, *values: Any) -
         values = args = ()
         kwargs = {}
         _forget_locals(error, ended=frame)
-        _end(changed, page, entry, _RAISED, (error, error.__traceback__))
+        _end(changed, page, header, entry, _RAISED, (error, error.__traceback__))
         raise
-    _end(changed, page, entry, _RETURNED, value)
+    _end(changed, page, header, entry, _RETURNED, value)
     return value
 
 
 def _admit(changed: Any, book: dict[str, Any], header: Header) -> tuple[dict[str, Any], list[Any], bool]:
     """Take a submission into the book: the page, the call's entry, and whether the method is to be run for it."""
     caller, number, attempt, answered, settled, _, _ = header
-    page = _page(book.setdefault("callers", {}), caller, settled[0], came_before=answered or attempt > 0)
+    callers = book.setdefault("callers", {})
+    page = _page(callers, caller, settled[0], came_before=answered or attempt > 0)
     _settle(page, *settled)
     changed.notify_all()  # whoever waits for a call that was given up may go
-    _drop_oldest(page)
+    for each in callers.values():  # a caller that says nothing more drops nothing itself
+        _drop_oldest(each)
     entry = page["calls"].get(number)
     if entry is not None:
         if attempt > entry[_ATTEMPT]:
@@ -161,12 +166,12 @@ def _admit(changed: Any, book: dict[str, Any], header: Header) -> tuple[dict[str
         return page, entry, False
     given_up = number in page["unseen"]
     page["unseen"].discard(number)
-    if number < page["below"] and not given_up:
+    if not given_up and _is_settled(page, number):
         return page, [_SETTLED, None, 0.0, attempt, [], None], False  # a late duplicate of a settled call
     if attempt > 0 and page["late"]:
         raise RuntimeError(RESTARTED)  # its first attempt may have begun in the earlier process
     entry = [_SETTLED if given_up else _RUNNING, None, 0.0, attempt, [], None]
-    if number >= page["below"]:
+    if not given_up:
         page["calls"][number] = entry
     return page, entry, True
 
@@ -246,14 +251,13 @@ def _page(callers: dict[str, Any], caller: str, below: int, came_before: bool) -
         if came_before and late:
             raise RuntimeError(RESTARTED)
         for name, page in list(callers.items()):
-            _drop_oldest(page)
             # Forgetting a call that may be asked for again would run it again.
-            is_open = any(entry[_STATUS] != _SETTLED for entry in page["calls"].values())
-            if not is_open and now - page["seen_at"] >= MAX_AGE_S:
+            if not page["calls"] and now - page["seen_at"] >= MAX_AGE_S:
                 del callers[name]
+        first = max(0, below - MAX_OUTCOMES)  # no more than so many are taken for unseen
         callers[caller] = {
-            "below": max(0, below - MAX_OUTCOMES),  # no more than so many are taken for unseen
-            "unseen": set(), "late": late, "seen_at": now, "calls": {}, "ended": collections.deque(), "held": 0,
+            "below": first, "heard": first, "open": set(), "unseen": set(), "late": late, "seen_at": now, "calls": {},
+            "held": collections.OrderedDict(),
         }  # fmt: skip
     callers[caller]["seen_at"] = now
     return callers[caller]  # type: ignore[no-any-return]
@@ -265,45 +269,48 @@ def _was_restarted() -> bool:
 
 
 def _settle(page: dict[str, Any], below: int, also: tuple[int, ...]) -> None:
-    calls, unseen = page["calls"], page["unseen"]
-    for number in range(page["below"], below):
-        if number in calls:
-            _release(page, calls.pop(number), _SETTLED)
-        else:
-            unseen.add(number)
+    """Take in what the caller has settled. Of a settled call nothing is kept, but that it is not in `open`."""
+    heard = max(page["heard"], below, *(number + 1 for number in also))
+    page["open"].update(range(page["heard"], heard))
+    page["heard"] = heard
+    for number in itertools.chain(range(page["below"], below), also):
+        if number in page["open"]:
+            page["open"].remove(number)
+            entry = page["calls"].pop(number, None)
+            if entry is None:
+                page["unseen"].add(number)
+            else:
+                _release(page, number, entry, _SETTLED)
     page["below"] = max(page["below"], below)
-    for number in also:
-        if number in calls:
-            # The number stays, so that a late duplicate does not run the method again; what it returned goes.
-            _release(page, calls[number], _SETTLED)
-        elif number >= page["below"]:
-            unseen.add(number)
+
+
+def _is_settled(page: dict[str, Any], number: int) -> bool:
+    return number < page["heard"] and number not in page["open"]
 
 
 def _drop_oldest(page: dict[str, Any]) -> None:
-    ended, oldest_kept = page["ended"], time.monotonic() - MAX_AGE_S
-    while ended:
-        holds = ended[0][_STATUS] in (_RETURNED, _RAISED)
-        if holds and page["held"] <= MAX_OUTCOMES and ended[0][_ENDED_AT] >= oldest_kept:
+    held, oldest_kept = page["held"], time.monotonic() - MAX_AGE_S
+    while held:
+        number, entry = next(iter(held.items()))
+        if len(held) <= MAX_OUTCOMES and entry[_ENDED_AT] >= oldest_kept:
             return
-        entry = ended.popleft()
-        if holds:
-            _release(page, entry, _DROPPED)
+        _release(page, number, entry, _DROPPED)
 
 
-def _release(page: dict[str, Any], entry: list[Any], status: str) -> None:
-    if entry[_STATUS] in (_RETURNED, _RAISED):
-        page["held"] -= 1
+def _release(page: dict[str, Any], number: int, entry: list[Any], status: str) -> None:
+    page["held"].pop(number, None)
     entry[_STATUS], entry[_VALUE] = status, None
     _tell(entry)
 
 
-def _end(changed: threading.Condition, page: dict[str, Any], entry: list[Any], status: str, value: Any) -> None:
+def _end(
+    changed: threading.Condition, page: dict[str, Any], header: Header, entry: list[Any], status: str, value: Any
+) -> None:
+    _, number, _, _, _, _, _ = header
     with changed:
         entry[_CANCEL] = None
         if entry[_STATUS] == _RUNNING:  # else its caller gave it up meanwhile, and nobody will ask
             entry[_STATUS], entry[_VALUE], entry[_ENDED_AT] = status, value, time.monotonic()
-            page["ended"].append(entry)
-            page["held"] += 1
+            page["held"][number] = entry
             changed.notify_all()
             _tell(entry)

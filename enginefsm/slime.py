@@ -19,6 +19,7 @@ from ray.exceptions import RayError
 
 import enginefsm
 from enginefsm.engine import MonitoredEngine
+from enginefsm.errors import RestartCapError
 from enginefsm.health import HealthMonitor, Verdict
 from enginefsm.monitor import EngineMonitor
 from enginefsm.router import RouterError, remove_worker
@@ -53,6 +54,8 @@ def adopt_group(
 
     Raises:
         TypeError: `server_group` is not such a group, or holds what is not the handle of a sync or threaded actor.
+        RestartCapError: One of the engines has been replaced as often as the monitor allows. All actors that this call
+            was to adopt are killed, since none of them will be given to anyone, and their places are None again.
     """
     _check_group(server_group, "adopt_group()")
     if server_group.worker_type == "placeholder":
@@ -68,9 +71,24 @@ def adopt_group(
         labels = {"model": model, "worker_type": server_group.worker_type, "node": nodes.get(index, "")}
         if nodes_per_engine > 1:
             labels["node_rank"] = str(index % nodes_per_engine)
-        slots[index] = _adopt(slots[index], f"{model}/{server_group.worker_type}/{rank}", "init", labels, monitor)
+        try:
+            slots[index] = _adopt(slots[index], f"{model}/{server_group.worker_type}/{rank}", "init", labels, monitor)
+        except RestartCapError as error:
+            _discard(slots, new)
+            error.add_note(f"enginefsm: killed all {len(new)} that were to be adopted, and freed their places")
+            raise
         adopted.append((rank, slots[index]))
     return adopted
+
+
+def _discard(slots: MutableSequence[Any], indices: list[int]) -> None:
+    """Kill what is in these places, adopted or not, and free them."""
+    for index in indices:
+        held, slots[index] = slots[index], None
+        if isinstance(held, MonitoredEngine):
+            _monitor_of(held).release(held)
+            held = held.handle
+        ray.kill(held)
 
 
 def adopt_engines(
@@ -174,10 +192,10 @@ class RolloutHealthMonitor:
         return self._watch is not None and not self._watch.paused
 
     def _servers(self) -> list[list[MonitoredEngine]]:
-        """The engines of the group, all nodes of one together, node 0 first; but for those with a free place."""
+        """The engines of the group, all nodes of one together, node 0 first; but for those not (wholly) adopted."""
         slots, nodes = self._group.all_engines, getattr(self._group, "nodes_per_engine", 1)
         servers = [list(slots[first : first + nodes]) for first in range(0, len(slots), nodes)]
-        return [server for server in servers if None not in server]
+        return [server for server in servers if all(isinstance(held, MonitoredEngine) for held in server)]
 
     def _ask_urls(self) -> None:
         """Ask engines where they serve, unless that is known. The answers are looked at when they are needed."""

@@ -104,7 +104,7 @@ class Engine:
     def remembered(self):
         """How many outcomes enginefsm keeps on this actor."""
         pages = sys.modules["_enginefsm_books_1"].books[id(self)]["callers"].values()
-        return sum(page["held"] for page in pages)
+        return sum(len(page["held"]) for page in pages)
 
     def waiting_again(self):
         """How many submissions wait on this asyncio actor for a method that an earlier one runs."""

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import traceback
+import tracemalloc
 import types
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -336,6 +337,58 @@ def test_an_outcome_nobody_asks_for_is_dropped_in_the_end_and_does_not_run_again
     with pytest.raises(RuntimeError, match=DROPPED):
         call(engine, "work", attempt=2)
     assert len(engine.runs) == 2
+
+
+def test_an_outcome_whose_caller_says_nothing_more_is_dropped_when_another_calls(engine, clock):
+    call(engine, "work", caller="other")
+    value = weakref.ref(call(engine, "work", caller="silent"))
+    clock.now += _actorside.MAX_AGE_S + 1
+
+    call(engine, "work", caller="other", number=1, answered=True)
+
+    gc.collect()
+    assert value() is None
+    with pytest.raises(RuntimeError, match=DROPPED):
+        call(engine, "work", caller="silent", attempt=1)
+
+
+@pytest.mark.parametrize("open_one", ["runs", "has ended"])
+def test_calls_settled_while_an_earlier_one_is_open_leave_nothing_behind_and_do_not_run_again(
+    engine, threads, open_one
+):
+    first = threads.submit(call, engine, "hold")
+    assert engine.begun.wait(TIMEOUT_S)
+    if open_one == "has ended":
+        engine.gate.set()
+        assert first.result(TIMEOUT_S) == "held"
+    engine.take = lambda: None
+
+    def make(numbers):
+        for number in numbers:
+            call(engine, "take", number=number, settled=(0, (number - 1,) if number > 1 else ()))
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        before = make(range(1, 100))
+        assert make(range(100, 3_000)) - before < 50_000  # bytes
+    finally:
+        tracemalloc.stop()
+    engine.take = None  # which cannot run
+    for number in (1, 1_500, 2_998):
+        assert call(engine, "take", number=number, attempt=1) is None
+    engine.gate.set()
+    assert call(engine, "hold", attempt=1) == "held"
+    assert engine.runs == ["hold"]
+
+
+def test_an_open_call_keeps_its_outcome_when_others_beyond_the_number_that_is_kept_are_settled(engine, monkeypatch):
+    monkeypatch.setattr(_actorside, "MAX_OUTCOMES", 3)
+    values = [call(engine, "work", number=number) for number in range(4)]
+
+    call(engine, "work", number=4, settled=(0, (1, 2, 3)))
+
+    assert call(engine, "work", number=0, attempt=1) is values[0]
 
 
 def callers(engine):

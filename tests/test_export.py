@@ -434,6 +434,20 @@ def test_monitors_share_an_event_log_and_a_line_that_was_broken_off_stays_alone(
     assert by_run == {run: list(range(1, 42)) for run in by_run}
 
 
+@pytest.mark.parametrize("lose", [lambda log: log.rename(f"{log}.1"), Path.unlink], ids=["rotated", "deleted"])
+def test_the_end_of_an_engine_is_in_the_event_log_though_the_file_was_lost_before(tmp_path, make_monitor, lose):
+    log = tmp_path / "events.jsonl"
+    monitor = make_monitor(EventLog(log))
+    engine = adopt(monitor)
+    assert monitor.flush(10)
+    lose(log)
+
+    move(monitor, engine, Reason.ACTOR_DIED)
+    monitor._flush_terminal()
+
+    assert [line["reason"] for line in lines_of(log)] == ["actor_died"]
+
+
 def test_what_was_dropped_is_told_in_the_event_log(tmp_path, make_monitor, monkeypatch):
     monkeypatch.setattr(outbox, "MOST_WAITING", 10)
     directory = tmp_path / "later"
@@ -524,6 +538,16 @@ def test_a_push_gateway_has_the_end_when_the_wait_for_it_is_over_and_a_new_start
         assert again.flush(30)
         text = urllib.request.urlopen(f"{url}/metrics").read().decode()
         assert {dict(labels)["engine"] for name, labels in samples(text) if name == "enginefsm_engine_info"} == {"one"}
+
+
+def test_a_push_gateway_is_reached_past_a_proxy_that_knows_nothing_of_it(make_monitor, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with gateway_that_answers(200) as url:
+        monitor = make_monitor(PushGateway(url))
+        adopt(monitor)
+        assert monitor.flush(10)
+        assert errors_of(monitor, "push") == 0
 
 
 @contextlib.contextmanager

@@ -202,6 +202,34 @@ def test_a_pause_ends_an_engine_that_is_known_to_be_dead(group, monitor):
     health.stop()
 
 
+def test_an_engine_that_may_not_be_replaced_again_leaves_no_actor_behind_and_the_rest_of_the_group_is_watched_on(group):
+    monitor = enginefsm.EngineMonitor("test", restart_cap=enginefsm.RestartCap(restarts=0))
+    group.all_engines.append(start())
+    health = started(group, monitor)
+    kept, *lost = list(group.all_engines)
+    kill(lost[1].handle)
+    with pytest.raises(ray.exceptions.ActorDiedError):
+        monitor.get(lost[1].get_url.remote())
+    monitor.release(lost[0])  # in good order: a successor is no restart
+    ray.kill(lost[0].handle)
+    group.all_engines[1:] = successors = [start(), start()]
+
+    with pytest.raises(enginefsm.RestartCapError, match="go on without it") as refused:
+        slime.adopt_group(group, monitor=monitor)
+
+    assert "killed all 2" in refused.value.__notes__[0]
+    assert group.all_engines == [kept, None, None]
+    for successor in successors:
+        with pytest.raises(ray.exceptions.ActorDiedError):
+            ray.get(successor.get_url.remote())
+    group.all_engines[2] = kept.handle  # one that is not adopted yet
+    health.resume()
+    health.pause()
+    assert monitor.get(kept.get_url.remote()) is None
+    assert monitor.engines() == [kept, lost[1]]
+    health.stop()
+
+
 def test_a_pause_waits_for_the_verdicts_that_are_behind_one_another(group, monitor, monkeypatch):
     group.all_engines.append(start())
     slime.adopt_group(group, monitor=monitor)

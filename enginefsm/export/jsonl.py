@@ -46,12 +46,13 @@ class EventLog:
     """Appends one line for each transition, and for each call that failed or was submitted again, to `path`.
 
     Lines are written within half a second, those of an engine's end at once, to the disk. The format is described in
-    `enginefsm.export.jsonl`. The file is created readable by all, and never cut.
+    `enginefsm.export.jsonl`. The file is created readable by all, and never cut. One that was moved or deleted is
+    noticed at the next line, which begins a new one.
     """
 
     sink = "jsonl"
     batch_s = 0.5
-    heartbeat_s = 3600.0  # a silent fleet writes nothing; this only brings a lost file to light
+    heartbeat_s = 3600.0  # a batch without events writes nothing
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path)
@@ -97,6 +98,8 @@ class EventLog:
             return
         text = b"".join(json.dumps(line, separators=(",", ":")).encode() + b"\n" for line in lines)
         try:
+            if self._file is not None and not self._is_in_place(self._file):
+                self._close_file()
             if self._file is None:
                 self._file = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
                 text = self._line_break() + text
@@ -107,6 +110,13 @@ class EventLog:
         except OSError:
             self._close_file()
             raise
+
+    def _is_in_place(self, file: int) -> bool:
+        """Whether what is open is still the file at the path: whoever rotates logs moves it, or deletes it."""
+        try:
+            return os.path.samestat(os.fstat(file), os.stat(self._path))
+        except FileNotFoundError:
+            return False
 
     def _line_break(self) -> bytes:
         """What ends a line that was broken off."""

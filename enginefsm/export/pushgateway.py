@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import urllib.parse
+import urllib.request
+from collections.abc import Callable, Sequence
 
 from prometheus_client import push_to_gateway
 
@@ -12,7 +14,7 @@ TIMEOUT_S = 1.5
 
 
 class PushGateway:
-    """Pushes all metrics every few seconds, and at once when an engine ends.
+    """Pushes all metrics every few seconds, and at once when an engine ends. No proxy is asked.
 
     They replace the group `job="enginefsm", run=<run>` of the gateway, so a run that is started again leaves no old
     series behind, and monitors of one run that push side by side take turns: use the hub for those. The group stays
@@ -40,8 +42,21 @@ class PushGateway:
         """Push; raises OSError (urllib's errors are such) when the gateway cannot be reached, or refuses."""
         push_to_gateway(
             self._url, job="enginefsm", grouping_key={"run": batch.run}, registry=fleet.metrics.registry,
-            timeout=self._timeout_s,
+            timeout=self._timeout_s, handler=_ask_directly,
         )  # fmt: skip
 
     def close(self) -> None:
         """Do nothing: what was pushed stays."""
+
+
+def _ask_directly(
+    url: str, method: str, timeout: float | None, headers: Sequence[tuple[str, str]], data: bytes
+) -> Callable[[], None]:
+    """A handler for `push_to_gateway` that passes the environment's proxies by: they know nothing of the cluster."""
+
+    def ask() -> None:
+        request = urllib.request.Request(url, data, dict(headers), method=method)  # noqa: S310  http or https, as checked
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=timeout):
+            pass  # what is not well raises HTTPError
+
+    return ask
