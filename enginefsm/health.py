@@ -333,12 +333,12 @@ class HealthMonitor:
             return
         one.overdue_at = now + self._pause_s()
         says = one.group.says
-        if probe.is_behind_a_call() and says is not Server.FAILS:
+        if says is not Server.FAILS and probe.is_behind_a_call():
             self._count(one, Check.BUSY)
             self._update_limits(one, engine, heard_at=now)
             return
         self._count(one, Check.SILENT)
-        probe.counted = says is not Server.SERVES
+        probe.counted = says not in (Server.SERVES, Server.UNWELL)  # else its server's process lives
         engine.suspect(Reason.PROBE_TIMEOUT, probe.sent_at)
         one.failures.add(Reason.PROBE_TIMEOUT, now, counts=probe.counted)
         self._give_up_if_due(one, engine, phase)
@@ -369,7 +369,7 @@ class HealthMonitor:
     async def _well(self, one: Watched, engine: MonitoredEngine, probe: Probe, phase: Phase, next_at: float) -> None:
         """The actor says that all is well. What its server says counts for node 0, whose server it is."""
         opinion = one.opinion
-        if opinion is None or opinion.said is not Server.FAILS:
+        if opinion is None or not opinion.objects:
             self._recovered(one, engine, probe)
             self._deliver_and_log()
         while opinion is not None and opinion.is_asking and time.monotonic() < next_at and self._is_current(phase):
@@ -377,11 +377,11 @@ class HealthMonitor:
         self._count(one, Check.ANSWERED)
         if opinion is None or not self._is_current(phase):
             return
-        if opinion.says is Server.FAILS:
+        if opinion.objects and not opinion.is_asking:
             engine.suspect(Reason.PROBE_FAILED, probe.sent_at)
             one.failures.add(Reason.PROBE_FAILED, time.monotonic(), counts=True)
             self._give_up_if_due(one, engine, phase)
-        elif opinion.said is not Server.FAILS:
+        elif not opinion.objects:
             self._recovered(one, engine, probe)
         else:
             self._update_limits(one, engine, heard_at=time.monotonic())  # its server failed, and has not answered since

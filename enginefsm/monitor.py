@@ -268,7 +268,7 @@ class EngineMonitor:
 
         An engine that cannot be reached, is silent or fails is `unavailable`, and comes back by itself. It is given
         up (`retry_exhausted`) after `failure_threshold` failures in a row; a break of the connection is no failure,
-        nor is silence while the server serves: those end with the policy's `budget_s`. While most engines are
+        nor is silence while the server answers: those end with the policy's `budget_s`. While most engines are
         unavailable at once, none is given up.
 
         Args:
@@ -283,8 +283,9 @@ class EngineMonitor:
             on_dead: Called with each `Verdict`, one at a time, on a thread of its own. One that raises is logged and
                 counted.
             url: A method of the actors that gives the server's base URL. The server is then asked as well, by
-                `GET /health`: that it serves, though the actor is silent, keeps the engine; that it does not, though
-                the actor answers, is a failure.
+                `GET /health`: that it answers at all, though the actor is silent, keeps the engine; that it does not
+                serve, though the actor answers, is a failure. SGLang answers 503 while its scheduler is held, as in
+                a weight update: have `timeout_s` above the 20 s that this takes it.
 
         Raises:
             TypeError, ValueError: An argument makes no sense, an engine is not of this monitor, or is watched already,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import logging
 import os
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import psutil
 import pytest
@@ -46,6 +48,37 @@ class Served(StandInEngine):
 
     def __init__(self, directory):
         super().__init__(import_s=0, load_s=0)
+
+
+class Hosted(Probed):
+    """An engine whose server is the test's."""
+
+    def url(self):
+        return (self.directory / "url").read_text()
+
+
+@contextlib.contextmanager
+def server_of(rig):
+    """A server for the engine that answers with `status`, until the end of the block: then its port refuses."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(server.status)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.status = 200
+        (rig.directory / "url").write_text(f"http://127.0.0.1:{server.server_port}")
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @pytest.fixture
@@ -308,6 +341,48 @@ def test_an_actor_that_is_silent_while_its_server_serves_is_given_up_when_the_bu
     fleet.monitor.close()
     assert time.monotonic() - began >= 1
     assert (end_of(verdict), verdict.server) == ((*OURS, Reason.PROBE_TIMEOUT), Server.SERVES)
+
+
+def test_while_a_call_is_out_a_server_that_is_unwell_ends_nothing_and_one_that_refuses_does(fleet, watch, verdicts):
+    (rig,) = bring_up(fleet, cls=Hosted)
+    watch([rig.engine], on_dead=verdicts, url="url", failure_threshold=1)
+    with server_of(rig) as server:
+        wait_until(lambda: checks(fleet, "answered", "serves") >= 2, what="some checks")
+        held_call = rig.engine.hold.remote()  # as an update of weights, for which SGLang's scheduler is held
+        rig.wait_for("held")
+        wait_until(lambda: checks(fleet, "busy", "serves") >= 1, what="a check behind the call")
+        server.status = 503
+        wait_until(lambda: checks(fleet, "busy", "unwell") >= 4, what="some intervals")
+        assert rig.engine.state is READY
+    assert verdicts.wait_for().server is Server.FAILS
+    rig.open("let_go")
+    ray.get(held_call.ref)
+
+
+def test_an_engine_that_answers_while_its_server_is_unwell_is_given_up_after_the_threshold(fleet, watch, verdicts):
+    (rig,) = bring_up(fleet, cls=Hosted)
+    with server_of(rig) as server:
+        watch([rig.engine], on_dead=verdicts, url="url")
+        wait_until(lambda: checks(fleet, "answered", "serves") >= 2, what="some checks")
+        server.status = 503
+        verdict = verdicts.wait_for()
+    assert (end_of(verdict), verdict.server) == ((*OURS, Reason.PROBE_FAILED), Server.UNWELL)
+
+
+def test_an_actor_that_is_silent_while_its_server_is_unwell_is_kept_for_the_budget(cluster, make_fleet, verdicts):
+    fleet = make_fleet(enginefsm.RetryPolicy(budget_s=2))
+    (rig,) = bring_up(fleet, cls=Hosted)
+    with server_of(rig) as server:
+        fleet.monitor.watch([rig.engine], url="url", on_dead=verdicts, **FAST | {"failure_threshold": 1})
+        wait_until(lambda: checks(fleet, "answered", "serves") >= 2, what="some checks")
+        began = time.monotonic()
+        rig.open("slow")
+        wait_until(lambda: checks(fleet, "silent", "serves") >= 1, what="silence")
+        server.status = 503
+        verdict = verdicts.wait_for()
+        fleet.monitor.close()
+    assert time.monotonic() - began >= 2
+    assert (end_of(verdict), verdict.server) == ((*OURS, Reason.PROBE_TIMEOUT), Server.UNWELL)
 
 
 # What holds verdicts.

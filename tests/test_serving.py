@@ -44,8 +44,13 @@ def test_health_is_asked_after_under_the_base_url():
 
 
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 503 Service Unavailable\r\n\r\n", b"HTTP/1.1 302 Found\r\n\r\n",
-                                    b"", b"SSH-2.0-OpenSSH\r\n", b"x" * 200_000])  # fmt: skip
-def test_a_server_that_answers_anything_else_fails(answer):
+                                    b"HTTP/1.1 500\r\n\r\n"])  # fmt: skip
+def test_a_server_that_answers_anything_else_is_unwell(answer):
+    assert opinion(answer)[0] is Server.UNWELL
+
+
+@pytest.mark.parametrize("answer", [b"", b"SSH-2.0-OpenSSH\r\n", b"x" * 200_000])
+def test_a_server_that_closes_the_connection_or_speaks_no_http_fails(answer):
     assert opinion(answer)[0] is Server.FAILS
 
 
