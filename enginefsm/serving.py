@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import urllib.parse
 from collections.abc import Callable
 from enum import StrEnum
@@ -20,8 +21,8 @@ class Server(StrEnum):
 
     SERVES = "serves"
     UNWELL = "unwell"
-    """It answers, but not that all is well (200). SGLang does so (503, after 20 s) while its scheduler does anything that
-    takes long, as in a weight update or a pause of generation: that its process lives is sure, and nothing else."""
+    """It answers, but not that all is well (200). SGLang does so (503, after 20 s) while its scheduler is held, as in a
+    weight update or a pause of generation. Its process lives, that is sure; nothing else is."""
     FAILS = "fails"
     """It refuses connections or closes them, or what answers is no HTTP server."""
     UNKNOWN = "unknown"
@@ -50,17 +51,30 @@ class Address:
 
 async def ask(address: Address, timeout_s: float) -> Server:
     """Whether the server at `address` serves, after `timeout_s` seconds at most. No proxy is asked."""
+    loop, said = asyncio.get_running_loop(), set()
     try:
         async with asyncio.timeout(timeout_s):
-            reader, writer = await asyncio.open_connection(address.host, address.port)
-            try:
-                writer.write(address.request)
-                status = await reader.readline()
-            finally:
-                writer.close()
+            for *_, place in await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM):
+                said.add(opinion := await _ask_at(str(place[0]), address))
+                if opinion in (Server.SERVES, Server.UNWELL):
+                    return opinion
+    except (OSError, UnicodeError):  # a name that is unknown or none, or the timeout, says nothing of the server
+        return Server.UNKNOWN
+    return Server.FAILS if said == {Server.FAILS} else Server.UNKNOWN
+
+
+async def _ask_at(host: str, address: Address) -> Server:
+    """What is said at one of the IP addresses that the host has."""
+    try:
+        reader, writer = await asyncio.open_connection(host, address.port)
+        try:
+            writer.write(address.request)
+            status = await reader.readline()
+        finally:
+            writer.close()
     except ConnectionError:
         return Server.FAILS
-    except OSError:  # a route or a name that is missing says nothing of the server
+    except OSError:  # a route that is missing says nothing of the server
         return Server.UNKNOWN
     except ValueError:  # a line without end: this is no HTTP server
         return Server.FAILS
