@@ -33,7 +33,8 @@ from enginefsm.watched import Group, Phase, Probe, Watched
 logger = logging.getLogger("enginefsm")
 
 STALLED_S = 1.0
-"""A timer that is so late tells that this process was stopped, and says nothing of engines."""
+"""A timer that is so late tells that this process was stopped; silence meanwhile says nothing of engines. Nor does it
+for so long afterwards: what came meanwhile is heard then."""
 TICK_S = 0.5
 STOP_S = 5.0
 EARLIEST = 0.8
@@ -116,8 +117,8 @@ class HealthMonitor:
         self._watched = [one for group in self._groups for one in group.members]
         self._lock = threading.Lock()  # around the phase, and around a verdict and what it rests on
         self._phase = Phase(0, time.monotonic() + settings.first_wait_s)
+        self._ran_at = time.monotonic()  # when this process was seen to run last
         self._stopped = False
-        self._stops = 0  # how often this process was found to have been stopped, or kept from running
         self._loop = asyncio.new_event_loop()
         self._verdicts: queue.SimpleQueue[Verdict | None] = queue.SimpleQueue()
         self._threads = [
@@ -199,7 +200,7 @@ class HealthMonitor:
             self._loop.close()
 
     async def _watch(self) -> None:
-        self._tick(time.monotonic())
+        self._tick()
         opinions = [group.opinion for group in self._groups if group.opinion is not None]
         asking = [asyncio.ensure_future(opinion.keep_asking()) for opinion in opinions]
         await asyncio.gather(*(self._watch_actor(one) for one in self._watched))
@@ -207,11 +208,18 @@ class HealthMonitor:
             task.cancel()
         await asyncio.gather(*asking, return_exceptions=True)
 
-    def _tick(self, due_at: float) -> None:
-        """Notice that this process was stopped: before anything that it then does, as timers go before tasks."""
+    def _tick(self) -> None:
+        """What is done all the time; before the checks, as timers go before tasks."""
+        self._notice_stop()
+        self._loop.call_later(TICK_S, self._tick)
+
+    def _notice_stop(self) -> None:
+        """Notice that this process was stopped, or kept from running: that nothing was heard is held against nobody."""
         now = time.monotonic()
-        self._stops += now - due_at >= STALLED_S
-        self._loop.call_later(TICK_S, self._tick, now + TICK_S)
+        stopped_s, self._ran_at = now - self._ran_at, now
+        if stopped_s >= TICK_S + STALLED_S:
+            for one in self._watched:
+                one.forgive_stop(stopped_s, now + STALLED_S)
 
     async def _watch_actor(self, one: Watched) -> None:
         """Check one actor, until the end."""
@@ -327,9 +335,9 @@ class HealthMonitor:
 
     def _silent(self, one: Watched, engine: MonitoredEngine, probe: Probe, phase: Phase) -> None:
         """No answer, for the timeout or for one interval more."""
+        self._notice_stop()
         now = time.monotonic()
-        if now - one.overdue_at >= STALLED_S:
-            one.overdue_at = now + self._settings.timeout_s
+        if now < one.overdue_at:
             return
         one.overdue_at = now + self._pause_s()
         says = one.group.says
@@ -340,18 +348,18 @@ class HealthMonitor:
         self._count(one, Check.SILENT)
         probe.counted = says not in (Server.SERVES, Server.UNWELL)  # else its server's process lives
         engine.suspect(Reason.PROBE_TIMEOUT, probe.sent_at)
-        one.failures.add(Reason.PROBE_TIMEOUT, now, counts=probe.counted)
+        one.failures.add(Reason.PROBE_TIMEOUT, now, counts=probe.counted, told=says is Server.FAILS)
         self._give_up_if_due(one, engine, phase)
 
     def _refused(self, one: Watched, engine: MonitoredEngine, probe: Probe, phase: Phase) -> None:
         """The actor says that all is not well."""
-        one.attempts = 0
+        one.attempts, now = 0, time.monotonic()
         self._count(one, Check.FAILED)
         if probe.counted:
-            one.failures.cause = Reason.PROBE_FAILED  # for its silence; the answer is not a failure more
+            one.failures.confirm(Reason.PROBE_FAILED, now)  # for its silence; the answer is not a failure more
         else:
             engine.suspect(Reason.PROBE_FAILED, probe.sent_at)
-            one.failures.add(Reason.PROBE_FAILED, time.monotonic(), counts=True)
+            one.failures.add(Reason.PROBE_FAILED, now, counts=True, told=True)
         self._give_up_if_due(one, engine, phase)
 
     def _unavailable(self, one: Watched, engine: MonitoredEngine, probe: Probe, phase: Phase) -> float:
@@ -379,7 +387,7 @@ class HealthMonitor:
             return
         if opinion.objects and not opinion.is_asking:
             engine.suspect(Reason.PROBE_FAILED, probe.sent_at)
-            one.failures.add(Reason.PROBE_FAILED, time.monotonic(), counts=True)
+            one.failures.add(Reason.PROBE_FAILED, time.monotonic(), counts=True, told=True)
             self._give_up_if_due(one, engine, phase)
         elif not opinion.objects:
             self._recovered(one, engine, probe)
@@ -395,6 +403,7 @@ class HealthMonitor:
 
     def _give_up_if_due(self, one: Watched, engine: MonitoredEngine, phase: Phase) -> None:
         """A check has failed: give the engine up, if that is due and nothing holds it."""
+        self._notice_stop()
         now = time.monotonic()
         self._update_limits(one, engine, heard_at=now)
         if self._counts_anew(one):
@@ -411,11 +420,11 @@ class HealthMonitor:
                 self._give_verdict(one, engine)
 
     def _counts_anew(self, one: Watched) -> bool:
-        """Forget failures from before the end of a mass outage, or of a stop of this process; say whether it did."""
-        ends = (self._limits.outages_ended, self._stops)
-        if one.ends == ends:
+        """Forget failures from before the end of a mass outage; say whether it did."""
+        ended = self._limits.outages_ended
+        if one.outages_ended == ended:
             return False
-        one.ends, one.failures = ends, FailureCount()
+        one.outages_ended, one.failures = ended, FailureCount()
         return True
 
     def _report_if_dead(self, one: Watched, phase: Phase) -> None:

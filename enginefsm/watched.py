@@ -46,8 +46,8 @@ class Watched:
         self.failures = FailureCount()
         self.phase: Phase | None = None
         """The one that its checks have begun."""
-        self.ends = (0, 0)
-        """How many mass outages and stops had ended when its failures began to be counted."""
+        self.outages_ended = 0
+        """How many mass outages had ended when its failures began to be counted."""
         self.method: Method | None = None
         self.probe: Probe | None = None
         """The call of it that is out."""
@@ -67,6 +67,13 @@ class Watched:
     def succeed(self, engine: MonitoredEngine) -> None:
         """Another actor has the name."""
         self.engine, self.failures, self.probe, self.attempts = engine, FailureCount(), None, 0
+
+    def forgive_stop(self, stopped_s: float, heard_by: float) -> None:
+        """This process was stopped for so long; what came meanwhile will have been heard by `heard_by` (monotonic)."""
+        self.failures.forgive_stop(stopped_s)
+        self.overdue_at = max(self.overdue_at + stopped_s, heard_by)
+        if self.probe is not None:
+            self.probe.counted = False
 
     async def sleep_until(self, at: float) -> None:
         """Wait until `at`, or until something happens to it."""

@@ -450,6 +450,21 @@ def test_a_process_that_was_stopped_itself_holds_that_against_nobody(fleet, watc
     assert verdicts.given == []
 
 
+def test_an_engine_that_says_that_it_is_ill_is_given_up_though_this_process_is_stopped_time_and_again(
+    fleet, watch, verdicts
+):
+    (rig,) = bring_up(fleet)
+    rig.open("ill")
+    watch([rig.engine], on_dead=verdicts, failure_threshold=8)
+    for _ in range(8):
+        before = checks(fleet, "failed")
+        wait_until(lambda b=before: checks(fleet, "failed") >= b + 2 or verdicts.given, what="two failures")
+        if verdicts.given:
+            break
+        ctypes.PyDLL(None).sleep(2)  # as above
+    assert end_of(verdicts.wait_for(timeout_s=0)) == (*OURS, Reason.PROBE_FAILED)
+
+
 def test_the_time_for_which_a_process_was_stopped_is_no_part_of_an_outage(cluster, make_fleet, verdicts):
     fleet = make_fleet(enginefsm.RetryPolicy(budget_s=4))
     rigs = bring_up(fleet, 2, Served)
