@@ -36,6 +36,8 @@ STALLED_S = 1.0
 """A timer that is so late tells that this process was stopped; silence meanwhile says nothing of engines. Nor does it
 for so long afterwards: what came meanwhile is heard then."""
 TICK_S = 0.5
+CALLBACK_S = 60.0
+"""When a callback has run for so long, the verdicts that wait for it are logged."""
 STOP_S = 5.0
 EARLIEST = 0.8
 """The next probe comes after this share of the interval at the earliest, and after the whole of it at the latest."""
@@ -120,7 +122,9 @@ class HealthMonitor:
         self._ran_at = time.monotonic()  # when this process was seen to run last
         self._stopped = False
         self._loop = asyncio.new_event_loop()
-        self._verdicts: queue.SimpleQueue[Verdict | None] = queue.SimpleQueue()
+        self._verdicts: queue.Queue[Verdict | None] = queue.Queue()
+        self._calling: tuple[Verdict, float] | None = None  # what the callback is told, and since when
+        self._complained: tuple[Verdict, float] | None = None  # that of which it was said that it takes too long
         self._threads = [
             threading.Thread(target=self._run, name="enginefsm-health", daemon=True),
             threading.Thread(target=self._call_back, name="enginefsm-verdicts", daemon=True),
@@ -211,6 +215,7 @@ class HealthMonitor:
     def _tick(self) -> None:
         """What is done all the time; before the checks, as timers go before tasks."""
         self._notice_stop()
+        self._complain_of_callback()
         self._loop.call_later(TICK_S, self._tick)
 
     def _notice_stop(self) -> None:
@@ -459,11 +464,27 @@ class HealthMonitor:
                 logger.error("engine %s was given up: %s (its server: %s)", name, cause, server)
             if self._on_dead is None or self._stopped:
                 continue
+            self._calling = verdict, time.monotonic()
             try:
                 self._on_dead(verdict)
             except BaseException:  # an exit, too, would only end this thread, and the next verdict waits
                 logger.exception("%r failed on the end of engine %s", self._on_dead, verdict.engine.name)
                 self._fleet.metrics.listener_failed(self._on_dead)
+            self._calling = None
+
+    def _complain_of_callback(self) -> None:
+        """Say once of a callback that blocks that verdicts wait for it."""
+        calling = self._calling
+        if calling is None or calling is self._complained or time.monotonic() - calling[1] < CALLBACK_S:
+            return
+        with self._verdicts.mutex:
+            waiting = [verdict.engine.name for verdict in self._verdicts.queue if verdict is not None]
+        if waiting:
+            self._complained = calling
+            logger.warning(
+                "%r has run for more than %g s on the end of engine %s; the verdicts on these wait for it: %s",
+                self._on_dead, CALLBACK_S, calling[0].engine.name, ", ".join(waiting),
+            )  # fmt: skip
 
     def _pause_s(self) -> float:
         return self._settings.interval_s * random.uniform(EARLIEST, 1.0)

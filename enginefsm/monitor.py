@@ -281,7 +281,7 @@ class EngineMonitor:
             failure_threshold: Failures in a row after which an engine is given up.
             first_wait_s: How long no probe is sent, after the start and after each `resume`.
             on_dead: Called with each `Verdict`, one at a time, on a thread of its own. One that raises is logged and
-                counted.
+                counted; of one that keeps others waiting for more than a minute, that is logged.
             url: A method of the actors that gives the server's base URL. The server is then asked as well, by
                 `GET /health`: that it answers at all, though the actor is silent, keeps the engine; that it does not
                 serve, though the actor answers, is a failure. SGLang answers 503 while its scheduler is held, as in

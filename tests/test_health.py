@@ -18,6 +18,7 @@ from engines import Probed, wait_until
 
 import enginefsm
 from enginefsm import EngineState, Reason, chaos
+from enginefsm import health as health_module
 from enginefsm.serving import Server
 from enginefsm.standin import StandInEngine
 
@@ -668,8 +669,11 @@ def test_a_listener_that_exits_ends_no_watch(fleet, watch, caplog):
     wait_for_probes(rigs[1], 5)
 
 
-def test_a_callback_that_blocks_keeps_nobody_else_from_being_probed_and_may_be_left_behind(fleet, watch):
-    rigs = bring_up(fleet, 2)
+def test_a_callback_that_blocks_keeps_nobody_from_being_probed_is_complained_of_once_and_may_be_left_behind(
+    fleet, watch, monkeypatch, caplog
+):
+    monkeypatch.setattr(health_module, "CALLBACK_S", 0.5)
+    rigs = bring_up(fleet, 3)
     began, let_go = threading.Event(), threading.Event()
 
     def block(verdict):
@@ -680,6 +684,13 @@ def test_a_callback_that_blocks_keeps_nobody_else_from_being_probed_and_may_be_l
     chaos.kill(rigs[0].pid)
     assert began.wait(30)
     wait_for_probes(rigs[1], 5)
+    assert not lines_of(caplog, "wait for it")
+    chaos.kill(rigs[2].pid)
+    wait_until(lambda: lines_of(caplog, "wait for it"), what="the complaint")
+    wait_for_probes(rigs[1], 5)
+    (line,) = lines_of(caplog, "wait for it")
+    assert f"on the end of engine {rigs[0].engine.name};" in line.getMessage()
+    assert line.getMessage().endswith(f"wait for it: {rigs[2].engine.name}")
     asked = time.monotonic()
     health.stop(timeout_s=0.5)
     assert time.monotonic() - asked < 5
