@@ -268,6 +268,17 @@ def test_silence_while_a_call_of_ours_is_out_says_nothing(fleet, watch, verdicts
     assert verdicts.given == []
 
 
+def test_a_call_that_has_ended_hides_no_frozen_actor_though_nobody_has_awaited_it(fleet, watch, verdicts):
+    (rig,) = bring_up(fleet)
+    kept = [rig.engine.times_init_ran.remote() for _ in range(3)]
+    ray.wait([call.ref for call in kept], num_returns=3)
+    watch([rig.engine], on_dead=verdicts)
+    wait_for_probes(rig)
+    with chaos.freeze(rig.pid):
+        verdict = verdicts.wait_for()
+    assert end_of(verdict) == (*OURS, Reason.PROBE_TIMEOUT)
+
+
 def test_an_engine_is_not_probed_before_it_has_launched(fleet, watch):
     rig = fleet.launch(Probed)
     other = bring_up(fleet)[0]
