@@ -22,8 +22,8 @@ import ray
 from enginefsm import _ends
 from enginefsm.engine import MonitoredEngine
 from enginefsm.metrics import FleetMetrics
-from enginefsm.outcomes import Outcome
-from enginefsm.plain_calls import Method
+from enginefsm.outcomes import FATAL, Outcome
+from enginefsm.plain_calls import Method, PlainCall
 from enginefsm.policy import RetryPolicy, is_finite, is_whole
 from enginefsm.serving import Server
 from enginefsm.states import GIVEN_UP, EngineState, Reason
@@ -276,6 +276,8 @@ class HealthMonitor:
         next_at = time.monotonic() + self._pause_s()
         engine = self._current_engine(one)
         if engine is None or not ray.is_initialized():  # to call an actor, Ray would start a cluster of its own
+            if one.engine.is_launching and ray.is_initialized():
+                self._look_whether_it_lives(one, one.engine)
             self._report_if_dead(one, phase)
             return next_at
         self._counts_anew(one)
@@ -315,7 +317,7 @@ class HealthMonitor:
         """The engine that has the name now, if it is at work."""
         engine = self._fleet.engine(one.name)
         if engine is not None and engine is not one.engine:
-            one.succeed(engine)
+            one.take_over(engine)
             self._fleet.metrics.expect_checks(engine.labels)
             self._limits.clear(one.group)
         if engine is None or engine is one.reported or engine.is_launching or engine.state is EngineState.DEAD:
@@ -323,6 +325,16 @@ class HealthMonitor:
             return None
         self._update_limits(one, engine)
         return engine
+
+    def _look_whether_it_lives(self, one: Watched, engine: MonitoredEngine) -> None:
+        """Notice the death of an actor whose launch nobody has seen succeed. Nothing else that it says moves it."""
+        call = one.sign_of_life
+        if call is None:
+            one.sign_of_life = PlainCall(Method(engine, "__ray_ready__", self._settings.timeout_s))
+        elif call.answer.done():
+            one.sign_of_life, outcome = None, call.outcome()
+            if outcome in FATAL:
+                engine.observe(outcome, launches=False, submitted_at=call.sent_at)
 
     def _update_limits(self, one: Watched, engine: MonitoredEngine, heard_at: float | None = None) -> None:
         state = engine.state

@@ -51,6 +51,8 @@ class Watched:
         self.method: Method | None = None
         self.probe: Probe | None = None
         """The call of it that is out."""
+        self.sign_of_life: PlainCall | None = None
+        """The call that is out while its launch has not succeeded."""
         self.overdue_at = 0.0
         """When its silence is a failure, or one more."""
         self.attempts = 0
@@ -64,9 +66,10 @@ class Watched:
         """The one that is asked when this actor is checked: that of node 0, whose server it is."""
         return self.group.opinion if self.group.members[0] is self else None
 
-    def succeed(self, engine: MonitoredEngine) -> None:
+    def take_over(self, engine: MonitoredEngine) -> None:
         """Another actor has the name."""
-        self.engine, self.failures, self.probe, self.attempts = engine, FailureCount(), None, 0
+        self.engine, self.failures, self.attempts = engine, FailureCount(), 0
+        self.probe = self.sign_of_life = None
 
     def forgive_stop(self, stopped_s: float, heard_by: float) -> None:
         """This process was stopped for so long; what came meanwhile will have been heard by `heard_by` (monotonic)."""

@@ -290,6 +290,23 @@ def test_an_engine_is_not_probed_before_it_has_launched(fleet, watch):
     wait_for_probes(rig)
 
 
+def test_an_engine_that_dies_before_anybody_has_seen_its_launch_succeed_is_told_of(fleet, watch, verdicts):
+    rigs = [fleet.launch(Probed) for _ in range(2)]
+    watch([rig.engine for rig in rigs], on_dead=verdicts)
+    inits = [rigs[0].engine.init.remote(), rigs[1].engine.init.remote(error="no GPU")]
+    rigs[1].open()
+    with pytest.raises(RuntimeError, match="no GPU"):
+        fleet.monitor.get(inits)
+    rigs[0].open()
+    ray.wait([inits[0].ref])
+    assert end_of(verdicts.wait_for()) == (Reason.INIT_FAILED, False, None)
+    assert rigs[0].engine.state is EngineState.LAUNCHING
+    chaos.kill(rigs[0].pid)
+    verdict = verdicts.wait_for(2)
+    assert (verdict.engine, end_of(verdict)) == (rigs[0].engine, (Reason.ACTOR_DIED, False, None))
+    assert probes(rigs[0]) == 0
+
+
 # The second opinion.
 
 
