@@ -173,7 +173,7 @@ class HealthMonitor:
         A callback that runs is waited for, `timeout_s` seconds at most; not where it is the one that calls, nor on an
         event loop, which is kept from nothing.
         """
-        self._end(0.0 if _is_on_a_loop() else timeout_s)
+        self._end(timeout_s if asyncio._get_running_loop() is None else 0.0)
 
     def _end(self, timeout_s: float = STOP_S) -> None:
         with self._lock:
@@ -511,11 +511,3 @@ class HealthMonitor:
 
 
 _NOT_WELL = (Outcome.METHOD_FAILED, Outcome.ACTOR_UNAVAILABLE)
-
-
-def _is_on_a_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True

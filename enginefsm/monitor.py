@@ -269,7 +269,7 @@ class EngineMonitor:
         An engine that cannot be reached, is silent or fails is `unavailable`, and comes back by itself. It is given
         up (`retry_exhausted`) after `failure_threshold` failures in a row; a break of the connection is no failure,
         nor is silence while the server answers: those end with the policy's `budget_s`. While most engines are
-        unavailable at once, none is given up.
+        unavailable at once, none is given up. Of an engine that has not launched, a death alone is noticed.
 
         Args:
             engines: Engines of this monitor. Several actors with one server are a sequence, node 0 first: they are
