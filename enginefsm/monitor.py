@@ -16,13 +16,14 @@ from enginefsm import _ends, _ray_handles
 from enginefsm.awaiting import Wait
 from enginefsm.blocking import wait_blocking
 from enginefsm.calls import Awaited, Call
+from enginefsm.checking import Fleet, Settings
 from enginefsm.checks import check_adopted, check_watched
 from enginefsm.delivery import Delivery
 from enginefsm.engine import MonitoredEngine, Probe
 from enginefsm.errors import RestartCapError
 from enginefsm.events import Event, Listener
 from enginefsm.export import FLUSH_S, Exporter, Exports, from_environment
-from enginefsm.health import Fleet, HealthMonitor, Settings, Verdict
+from enginefsm.health import HealthMonitor, Verdict
 from enginefsm.incarnations import FIRST, Incarnation, Lineage
 from enginefsm.lane import Lane
 from enginefsm.launching import LaunchStages

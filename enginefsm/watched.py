@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -20,6 +21,39 @@ class Phase(NamedTuple):
 
     number: int
     at: float | None
+
+
+class Phases:
+    """The phase in which a health monitor is, and whether it has ended. Thread-safe."""
+
+    def __init__(self, first_wait_s: float) -> None:
+        self.lock = threading.Lock()
+        """Around a change of it, and around a verdict and what that rests on."""
+        self.now = Phase(0, time.monotonic() + first_wait_s)
+        self.ended = False
+        self._first_wait_s = first_wait_s
+
+    def pause(self) -> None:
+        """Begin a pause, unless it is one."""
+        with self.lock:
+            if self.now.at is not None:
+                self.now = Phase(self.now.number + 1, None)
+
+    def resume(self) -> None:
+        """End a pause, if it is one."""
+        with self.lock:
+            if self.now.at is None:
+                self.now = Phase(self.now.number + 1, time.monotonic() + self._first_wait_s)
+
+    def end(self) -> bool:
+        """End for good; says whether that is new."""
+        with self.lock:
+            is_new, self.ended = not self.ended, True
+            return is_new
+
+    def is_current(self, phase: Phase) -> bool:
+        """Whether nothing has changed since."""
+        return not self.ended and self.now == phase
 
 
 class Group:
