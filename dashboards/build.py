@@ -389,7 +389,7 @@ def bringup() -> dashboard.Dashboard:
             "Health checks",
             "What the health monitor found of actors, and what their servers said over HTTP: an actor that is silent, "
             "or unavailable, while its server serves is out of reach, not dead; where the actor answers and the server "
-            "fails, it is the server that is dead.",
+            "fails, it is the server that is dead; a server that is unwell answers, but not that all is well.",
             over_time(f"{check} > 0", "actor {{actor}}, server {{server}}"), width=16,
         )
     )  # fmt: skip

@@ -14,6 +14,7 @@ import queue
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Coroutine, Generator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -62,7 +63,7 @@ class Ledger:
         self._caller = uuid.uuid4().hex
         self._lock = threading.Lock()
         self._next = 0
-        self._open: dict[int, None] = {}  # in ascending order, as dicts keep it
+        self._open: dict[int, weakref.ref[Call]] = {}  # in ascending order, as dicts keep it
         # A garbage-collected call settles itself, at any moment and on any thread, this ledger's lock held or not:
         # a SimpleQueue is made to be put to from there.
         self._settled: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -73,18 +74,22 @@ class Ledger:
         """How many calls were made so far."""
         return self._next
 
-    def is_open(self, below: int) -> bool:
-        """Whether one of the first `below` calls is out: nobody has taken its outcome, and somebody may."""
+    def is_out(self, below: int) -> bool:
+        """Whether the actor may be at one of the first `below` calls: it has not ended, and somebody may ask for it."""
         with self._lock:
             self._take_settled()
-            return next(iter(self._open), below) < below
+            known = [call() for number, call in self._open.items() if number < below]
+        # Those that were collected meanwhile, or never submitted, keep nobody busy.
+        refs = [call.ref for call in known if call is not None and hasattr(call, "ref")]
+        # One that nobody has awaited is open, but it may have ended. To ask that fetches nothing, and does not wait.
+        return bool(refs) and bool(ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)[1])
 
-    def open(self) -> int:
-        """A new number."""
+    def open(self, call: Call) -> int:
+        """A new number, for this call."""
         with self._lock:
             number = self._next
             self._next += 1
-            self._open[number] = None
+            self._open[number] = weakref.ref(call)
             return number
 
     def settle(self, number: int) -> None:
@@ -243,7 +248,7 @@ class Call(Awaited):
         super().__init__(engine, method, launches=method == engine.launch)
         self._arguments: Arguments | None = arguments
         self._options = options
-        self._number = engine.ledger.open()
+        self._number = engine.ledger.open(self)
         self.submitted_at = self.made_at
         if self.launches:
             engine.launch_called = True

@@ -16,13 +16,14 @@ from enginefsm import _ends, _ray_handles
 from enginefsm.awaiting import Wait
 from enginefsm.blocking import wait_blocking
 from enginefsm.calls import Awaited, Call
+from enginefsm.checking import Fleet, Settings
 from enginefsm.checks import check_adopted, check_watched
 from enginefsm.delivery import Delivery
 from enginefsm.engine import MonitoredEngine, Probe
 from enginefsm.errors import RestartCapError
 from enginefsm.events import Event, Listener
 from enginefsm.export import FLUSH_S, Exporter, Exports, from_environment
-from enginefsm.health import Fleet, HealthMonitor, Settings, Verdict
+from enginefsm.health import HealthMonitor, Verdict
 from enginefsm.incarnations import FIRST, Incarnation, Lineage
 from enginefsm.lane import Lane
 from enginefsm.launching import LaunchStages
@@ -269,8 +270,8 @@ class EngineMonitor:
 
         An engine that cannot be reached, is silent or fails is `unavailable`, and comes back by itself. It is given
         up (`retry_exhausted`) after `failure_threshold` failures in a row; a break of the connection is no failure,
-        nor is silence while the server serves: those end with the policy's `budget_s`. While most engines are
-        unavailable at once, none is given up.
+        nor is silence while the server answers: those end with the policy's `budget_s`. While most engines are
+        unavailable at once, none is given up. Of an engine that has not launched, a death alone is noticed.
 
         Args:
             engines: Engines of this monitor. Several actors with one server are a sequence, node 0 first: they are
@@ -282,10 +283,11 @@ class EngineMonitor:
             failure_threshold: Failures in a row after which an engine is given up.
             first_wait_s: How long no probe is sent, after the start and after each `resume`.
             on_dead: Called with each `Verdict`, one at a time, on a thread of its own. One that raises is logged and
-                counted.
+                counted; of one that keeps others waiting for more than a minute, that is logged.
             url: A method of the actors that gives the server's base URL. The server is then asked as well, by
-                `GET /health`: that it serves, though the actor is silent, keeps the engine; that it does not, though
-                the actor answers, is a failure.
+                `GET /health`: that it answers at all, though the actor is silent, keeps the engine; that it does not
+                serve, though the actor answers, is a failure. SGLang answers 503 while its scheduler is held, as in
+                a weight update: have `timeout_s` above the 20 s that this takes it.
 
         Raises:
             TypeError, ValueError: An argument makes no sense, an engine is not of this monitor, or is watched already,

@@ -68,7 +68,7 @@ _PLAIN: dict[type[BaseException], Outcome] = {
 }
 
 # Where an outcome that ends an engine moves it.
-_FATAL: dict[Outcome, Reason] = {
+FATAL: dict[Outcome, Reason] = {
     Outcome.ACTOR_DIED: Reason.ACTOR_DIED,
     Outcome.CONSTRUCTOR_FAILED: Reason.CONSTRUCTOR_FAILED,
     Outcome.PREEMPTED: Reason.PREEMPTED,
@@ -109,8 +109,8 @@ def reason_for(outcome: Outcome, *, state: EngineState, launches: bool, launched
 
     `launches` says whether the call was of the launch method, `launched` whether one has succeeded already.
     """
-    if outcome in _FATAL:
-        return _FATAL[outcome]
+    if outcome in FATAL:
+        return FATAL[outcome]
     match outcome:
         case Outcome.ACTOR_UNAVAILABLE:
             return Reason.ACTOR_UNAVAILABLE

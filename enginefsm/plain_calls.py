@@ -53,7 +53,7 @@ class PlainCall:
     def is_behind_a_call(self) -> bool:
         """Whether a call of this monitor's that was made before it is out, and may keep the actor from answering."""
         method = self._method
-        return method.waits_its_turn and method.engine.ledger.is_open(below=self._calls_before)
+        return method.waits_its_turn and method.engine.ledger.is_out(below=self._calls_before)
 
     def outcome(self) -> Outcome:
         """What its answer says of the actor. An exception that is not an `Exception` says nothing."""

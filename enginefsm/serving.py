@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import urllib.parse
 from collections.abc import Callable
 from enum import StrEnum
@@ -19,8 +20,11 @@ class Server(StrEnum):
     """Whether an engine's server serves."""
 
     SERVES = "serves"
+    UNWELL = "unwell"
+    """It answers, but not that all is well (200). SGLang does so (503, after 20 s) while its scheduler is held, as in a
+    weight update or a pause of generation. Its process lives, that is sure; nothing else is."""
     FAILS = "fails"
-    """It refuses connections, closes them, or answers anything but 200."""
+    """It refuses connections or closes them, or what answers is no HTTP server."""
     UNKNOWN = "unknown"
     """It is silent, or cannot be reached from here."""
     NOT_ASKED = "not_asked"
@@ -47,21 +51,37 @@ class Address:
 
 async def ask(address: Address, timeout_s: float) -> Server:
     """Whether the server at `address` serves, after `timeout_s` seconds at most. No proxy is asked."""
+    loop, said = asyncio.get_running_loop(), set()
     try:
         async with asyncio.timeout(timeout_s):
-            reader, writer = await asyncio.open_connection(address.host, address.port)
-            try:
-                writer.write(address.request)
-                status = await reader.readline()
-            finally:
-                writer.close()
+            for *_, place in await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM):
+                said.add(opinion := await _ask_at(str(place[0]), address))
+                if opinion in (Server.SERVES, Server.UNWELL):
+                    return opinion
+    except (OSError, UnicodeError):  # a name that is unknown or none, or the timeout, says nothing of the server
+        return Server.UNKNOWN
+    return Server.FAILS if said == {Server.FAILS} else Server.UNKNOWN
+
+
+async def _ask_at(host: str, address: Address) -> Server:
+    """What is said at one of the IP addresses that the host has."""
+    try:
+        reader, writer = await asyncio.open_connection(host, address.port)
+        try:
+            writer.write(address.request)
+            status = await reader.readline()
+        finally:
+            writer.close()
     except ConnectionError:
         return Server.FAILS
-    except OSError:  # a route or a name that is missing says nothing of the server
+    except OSError:  # a route that is missing says nothing of the server
         return Server.UNKNOWN
     except ValueError:  # a line without end: this is no HTTP server
         return Server.FAILS
-    return Server.SERVES if status.split()[1:2] == [b"200"] else Server.FAILS
+    protocol, _, code = status.partition(b" ")
+    if not protocol.startswith(b"HTTP/"):
+        return Server.FAILS
+    return Server.SERVES if code[:3] == b"200" else Server.UNWELL
 
 
 class SecondOpinion:
@@ -97,6 +117,11 @@ class SecondOpinion:
         """The same, but that it fails is held against it only until it is asked again."""
         return Server.UNKNOWN if self.is_asking and self.said is Server.FAILS else self.said
 
+    @property
+    def objects(self) -> bool:
+        """Whether the server said last that all is not well, or is gone."""
+        return self.said in (Server.UNWELL, Server.FAILS)
+
     def ask(self) -> None:
         """Have the server asked, unless it is being asked."""
         if not self.is_asking:
@@ -125,12 +150,12 @@ class SecondOpinion:
             self._asked()
 
     def _learn_address(self, engine: MonitoredEngine) -> None:
-        """Ask the actor for its server's address: once, and again while nothing serves there, as it may have moved."""
+        """Ask the actor for its server's address: once, and again while it does not serve there: it may have moved."""
         if self._of is not engine:
             self._of, self._address, self._asked_for, self._has_none = engine, None, None, False
             self.said = Server.UNKNOWN
         if self._asked_for is None:
-            if not self._has_none and (self._address is None or self.said is Server.FAILS):
+            if not self._has_none and (self._address is None or self.objects):
                 self._asked_for = PlainCall(Method(engine, self._url, self._timeout_s))
             return
         if not self._asked_for.answer.done():

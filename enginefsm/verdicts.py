@@ -55,11 +55,13 @@ HELD = (Decision.MASS_OUTAGE, Decision.KILL_CAP)
 class FailureCount:
     """The failures in a row of one actor. Not thread-safe."""
 
-    __slots__ = ("cause", "count", "counted", "since")
+    __slots__ = ("_told", "_told_since", "cause", "count", "counted", "since")
 
     def __init__(self) -> None:
         self.count = 0
         """Those in a row that count."""
+        self._told = 0
+        self._told_since: float | None = None
         self.since: float | None = None
         """When the first in the row came; None when the last check went well."""
         self.cause: Reason | None = None
@@ -67,12 +69,36 @@ class FailureCount:
         self.counted = True
         """Whether the last failure counts."""
 
-    def add(self, cause: Reason, now: float, *, counts: bool) -> None:
-        """A check failed. One that does not count says only that the outage goes on."""
+    def add(self, cause: Reason, now: float, *, counts: bool, told: bool = False) -> None:
+        """A check failed. One that does not count says only that the outage goes on.
+
+        `told` says that somebody said so, the actor or its server: it was not concluded from silence.
+        """
         if self.since is None:
             self.since = now
         self.cause, self.counted = cause, counts
         self.count += counts
+        if told:
+            self._tell(now)
+
+    def confirm(self, cause: Reason, now: float) -> None:
+        """The last failure that counts, a silence, was told after all."""
+        self.cause = cause
+        if self._told < self.count:
+            self._tell(now)
+
+    def forgive_stop(self, stopped_s: float) -> None:
+        """This process was stopped for so long, which may be why nothing was heard: what was told stays."""
+        self.count, self.since, self.counted = self._told, self._told_since, True
+        if self.since is None:
+            self.cause = None
+        else:  # the time of the stop is no part of the outage
+            self.since = self._told_since = self.since + stopped_s
+
+    def _tell(self, now: float) -> None:
+        self._told += 1
+        if self._told_since is None:
+            self._told_since = now
 
     def is_due(self, threshold: int, budget_s: float, now: float) -> bool:
         """Whether the bounds are spent: the threshold, or, while failures do not count, the budget of the outage."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -20,6 +21,39 @@ class Phase(NamedTuple):
 
     number: int
     at: float | None
+
+
+class Phases:
+    """The phase in which a health monitor is, and whether it has ended. Thread-safe."""
+
+    def __init__(self, first_wait_s: float) -> None:
+        self.lock = threading.Lock()
+        """Around a change of it, and around a verdict and what that rests on."""
+        self.now = Phase(0, time.monotonic() + first_wait_s)
+        self.ended = False
+        self._first_wait_s = first_wait_s
+
+    def pause(self) -> None:
+        """Begin a pause, unless it is one."""
+        with self.lock:
+            if self.now.at is not None:
+                self.now = Phase(self.now.number + 1, None)
+
+    def resume(self) -> None:
+        """End a pause, if it is one."""
+        with self.lock:
+            if self.now.at is None:
+                self.now = Phase(self.now.number + 1, time.monotonic() + self._first_wait_s)
+
+    def end(self) -> bool:
+        """End for good; says whether that is new."""
+        with self.lock:
+            is_new, self.ended = not self.ended, True
+            return is_new
+
+    def is_current(self, phase: Phase) -> bool:
+        """Whether nothing has changed since."""
+        return not self.ended and self.now == phase
 
 
 class Group:
@@ -46,11 +80,13 @@ class Watched:
         self.failures = FailureCount()
         self.phase: Phase | None = None
         """The one that its checks have begun."""
-        self.ends = (0, 0)
-        """How many mass outages and stops had ended when its failures began to be counted."""
+        self.outages_ended = 0
+        """How many mass outages had ended when its failures began to be counted."""
         self.method: Method | None = None
         self.probe: Probe | None = None
         """The call of it that is out."""
+        self.sign_of_life: PlainCall | None = None
+        """The call that is out while its launch has not succeeded."""
         self.overdue_at = 0.0
         """When its silence is a failure, or one more."""
         self.attempts = 0
@@ -64,9 +100,17 @@ class Watched:
         """The one that is asked when this actor is checked: that of node 0, whose server it is."""
         return self.group.opinion if self.group.members[0] is self else None
 
-    def succeed(self, engine: MonitoredEngine) -> None:
+    def take_over(self, engine: MonitoredEngine) -> None:
         """Another actor has the name."""
-        self.engine, self.failures, self.probe, self.attempts = engine, FailureCount(), None, 0
+        self.engine, self.failures, self.attempts = engine, FailureCount(), 0
+        self.probe = self.sign_of_life = None
+
+    def forgive_stop(self, stopped_s: float, heard_by: float) -> None:
+        """This process was stopped for so long; what came meanwhile will have been heard by `heard_by` (monotonic)."""
+        self.failures.forgive_stop(stopped_s)
+        self.overdue_at = max(self.overdue_at + stopped_s, heard_by)
+        if self.probe is not None:
+            self.probe.counted = False
 
     async def sleep_until(self, at: float) -> None:
         """Wait until `at`, or until something happens to it."""

@@ -25,6 +25,13 @@ from enginefsm.plain_calls import PlainCall
 from enginefsm.states import EngineRecord
 
 
+class Numbered:
+    """As much of a call as a ledger keeps."""
+
+
+CALL = Numbered()
+
+
 def settled(ledger):
     return ledger.header()[1]
 
@@ -35,18 +42,18 @@ def ledger():
 
 
 def test_numbers_count_from_nought(ledger):
-    assert [ledger.open() for _ in range(3)] == [0, 1, 2]
+    assert [ledger.open(CALL) for _ in range(3)] == [0, 1, 2]
 
 
 def test_nothing_is_settled_at_first(ledger):
     assert settled(ledger) == (0, ())
-    ledger.open()
+    ledger.open(CALL)
     assert settled(ledger) == (0, ())
 
 
 def test_all_below_the_first_open_call_is_settled_and_others_are_told_once(ledger):
     for _ in range(5):
-        ledger.open()
+        ledger.open(CALL)
 
     ledger.settle(1)
     ledger.settle(3)
@@ -60,7 +67,7 @@ def test_all_below_the_first_open_call_is_settled_and_others_are_told_once(ledge
 
 
 def test_settling_twice_is_settling_once(ledger):
-    ledger.open(), ledger.open()
+    ledger.open(CALL), ledger.open(CALL)
 
     ledger.settle(0)
     ledger.settle(0)
@@ -73,7 +80,7 @@ def test_ledgers_have_names_of_their_own_and_keep_them(ledger):
 
 
 def test_a_call_may_be_settled_by_the_garbage_collector_while_the_ledger_is_in_use(ledger):
-    ledger.open()
+    ledger.open(CALL)
     with ledger._lock, ThreadPoolExecutor() as threads:
         threads.submit(ledger.settle, 0).result(10)
 
@@ -87,7 +94,7 @@ def test_threads_that_open_and_settle_at_once_get_every_number_once(ledger):
         start.wait(10)
         numbers = []
         for _ in range(200):
-            numbers.append(ledger.open())
+            numbers.append(ledger.open(CALL))
             ledger.header()
             ledger.settle(numbers[-1])
         return numbers

@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import psutil
 import pytest
@@ -18,6 +19,7 @@ from stopwatch import Stopwatch
 
 import enginefsm
 from enginefsm import EngineState, Reason, chaos
+from enginefsm import health as health_module
 from enginefsm.health import STOP_S
 from enginefsm.serving import Server
 from enginefsm.standin import StandInEngine
@@ -49,6 +51,37 @@ class Served(StandInEngine):
 
     def __init__(self, directory):
         super().__init__(import_s=0, load_s=0)
+
+
+class Hosted(Probed):
+    """An engine whose server is the test's."""
+
+    def url(self):
+        return (self.directory / "url").read_text()
+
+
+@contextlib.contextmanager
+def server_of(rig):
+    """A server for the engine that answers with `status`, until the end of the block: then its port refuses."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(server.status)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.status = 200
+        (rig.directory / "url").write_text(f"http://127.0.0.1:{server.server_port}")
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @pytest.fixture
@@ -252,6 +285,17 @@ def test_silence_while_a_call_of_ours_is_out_says_nothing(fleet, watch, verdicts
     assert verdicts.given == []
 
 
+def test_a_call_that_has_ended_hides_no_frozen_actor_though_nobody_has_awaited_it(fleet, watch, verdicts):
+    (rig,) = bring_up(fleet)
+    kept = [rig.engine.times_init_ran.remote() for _ in range(3)]
+    ray.wait([call.ref for call in kept], num_returns=3)
+    watch([rig.engine], on_dead=verdicts)
+    wait_for_probes(rig)
+    with chaos.freeze(rig.pid):
+        verdict = verdicts.wait_for()
+    assert end_of(verdict) == (*OURS, Reason.PROBE_TIMEOUT)
+
+
 def test_an_engine_is_not_probed_before_it_has_launched(fleet, watch):
     rig = fleet.launch(Probed)
     other = bring_up(fleet)[0]
@@ -261,6 +305,23 @@ def test_an_engine_is_not_probed_before_it_has_launched(fleet, watch):
     rig.open()
     fleet.monitor.get(rig.engine.init.remote())
     wait_for_probes(rig)
+
+
+def test_an_engine_that_dies_before_anybody_has_seen_its_launch_succeed_is_told_of(fleet, watch, verdicts):
+    rigs = [fleet.launch(Probed) for _ in range(2)]
+    watch([rig.engine for rig in rigs], on_dead=verdicts)
+    inits = [rigs[0].engine.init.remote(), rigs[1].engine.init.remote(error="no GPU")]
+    rigs[1].open()
+    with pytest.raises(RuntimeError, match="no GPU"):
+        fleet.monitor.get(inits)
+    rigs[0].open()
+    ray.wait([inits[0].ref])
+    assert end_of(verdicts.wait_for()) == (Reason.INIT_FAILED, False, None)
+    assert rigs[0].engine.state is EngineState.LAUNCHING
+    chaos.kill(rigs[0].pid)
+    verdict = verdicts.wait_for(2)
+    assert (verdict.engine, end_of(verdict)) == (rigs[0].engine, (Reason.ACTOR_DIED, False, None))
+    assert probes(rigs[0]) == 0
 
 
 # The second opinion.
@@ -331,6 +392,48 @@ def test_an_actor_that_is_silent_while_its_server_serves_is_given_up_when_the_bu
     assert (end_of(verdict), verdict.server) == ((*OURS, Reason.PROBE_TIMEOUT), Server.SERVES)
 
 
+def test_while_a_call_is_out_a_server_that_is_unwell_ends_nothing_and_one_that_refuses_does(fleet, watch, verdicts):
+    (rig,) = bring_up(fleet, cls=Hosted)
+    watch([rig.engine], on_dead=verdicts, url="url", failure_threshold=1)
+    with server_of(rig) as server:
+        wait_until(lambda: checks(fleet, "answered", "serves") >= 2, what="some checks")
+        held_call = rig.engine.hold.remote()  # as an update of weights, for which SGLang's scheduler is held
+        rig.wait_for("held")
+        wait_until(lambda: checks(fleet, "busy", "serves") >= 1, what="a check behind the call")
+        server.status = 503
+        wait_until(lambda: checks(fleet, "busy", "unwell") >= 4, what="some intervals")
+        assert rig.engine.state is READY
+    assert verdicts.wait_for().server is Server.FAILS
+    rig.open("let_go")
+    ray.get(held_call.ref)
+
+
+def test_an_engine_that_answers_while_its_server_is_unwell_is_given_up_after_the_threshold(fleet, watch, verdicts):
+    (rig,) = bring_up(fleet, cls=Hosted)
+    with server_of(rig) as server:
+        watch([rig.engine], on_dead=verdicts, url="url")
+        wait_until(lambda: checks(fleet, "answered", "serves") >= 2, what="some checks")
+        server.status = 503
+        verdict = verdicts.wait_for()
+    assert (end_of(verdict), verdict.server) == ((*OURS, Reason.PROBE_FAILED), Server.UNWELL)
+
+
+def test_an_actor_that_is_silent_while_its_server_is_unwell_is_kept_for_the_budget(cluster, make_fleet, verdicts):
+    fleet = make_fleet(enginefsm.RetryPolicy(budget_s=2))
+    (rig,) = bring_up(fleet, cls=Hosted)
+    with server_of(rig) as server:
+        fleet.monitor.watch([rig.engine], url="url", on_dead=verdicts, **FAST | {"failure_threshold": 1})
+        wait_until(lambda: checks(fleet, "answered", "serves") >= 2, what="some checks")
+        began = time.monotonic()
+        rig.open("slow")
+        wait_until(lambda: checks(fleet, "silent", "serves") >= 1, what="silence")
+        server.status = 503
+        verdict = verdicts.wait_for()
+        fleet.monitor.close()
+    assert time.monotonic() - began >= 2
+    assert (end_of(verdict), verdict.server) == ((*OURS, Reason.PROBE_TIMEOUT), Server.UNWELL)
+
+
 # What holds verdicts.
 
 
@@ -394,6 +497,21 @@ def test_a_process_that_was_stopped_itself_holds_that_against_nobody(fleet, watc
     for rig in rigs:
         assert [to for _, to, _ in fleet.steps(rig.engine)] == [EngineState.LAUNCHING, READY]
     assert verdicts.given == []
+
+
+def test_an_engine_that_says_that_it_is_ill_is_given_up_though_this_process_is_stopped_time_and_again(
+    fleet, watch, verdicts
+):
+    (rig,) = bring_up(fleet)
+    rig.open("ill")
+    watch([rig.engine], on_dead=verdicts, failure_threshold=8)
+    for _ in range(8):
+        before = checks(fleet, "failed")
+        wait_until(lambda b=before: checks(fleet, "failed") >= b + 2 or verdicts.given, what="two failures")
+        if verdicts.given:
+            break
+        ctypes.PyDLL(None).sleep(2)  # as above
+    assert end_of(verdicts.wait_for(timeout_s=0)) == (*OURS, Reason.PROBE_FAILED)
 
 
 def test_the_time_for_which_a_process_was_stopped_is_no_part_of_an_outage(cluster, make_fleet, verdicts):
@@ -606,8 +724,11 @@ def test_a_listener_that_exits_ends_no_watch(fleet, watch, caplog):
     wait_for_probes(rigs[1], 5)
 
 
-def test_a_callback_that_blocks_keeps_nobody_else_from_being_probed_and_may_be_left_behind(fleet, watch):
-    rigs = bring_up(fleet, 2)
+def test_a_callback_that_blocks_keeps_nobody_from_being_probed_is_complained_of_once_and_may_be_left_behind(
+    fleet, watch, monkeypatch, caplog
+):
+    monkeypatch.setattr(health_module, "CALLBACK_S", 0.5)
+    rigs = bring_up(fleet, 3)
     began, let_go = threading.Event(), threading.Event()
 
     def block(verdict):
@@ -618,6 +739,13 @@ def test_a_callback_that_blocks_keeps_nobody_else_from_being_probed_and_may_be_l
     chaos.kill(rigs[0].pid)
     assert began.wait(30)
     wait_for_probes(rigs[1], 5)
+    assert not lines_of(caplog, "wait for it")
+    chaos.kill(rigs[2].pid)
+    wait_until(lambda: lines_of(caplog, "wait for it"), what="the complaint")
+    wait_for_probes(rigs[1], 5)
+    (line,) = lines_of(caplog, "wait for it")
+    assert f"on the end of engine {rigs[0].engine.name};" in line.getMessage()
+    assert line.getMessage().endswith(f"wait for it: {rigs[2].engine.name}")
     asked = time.monotonic()
     health.stop(timeout_s=0.5)
     assert time.monotonic() - asked < 5

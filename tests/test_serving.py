@@ -44,8 +44,13 @@ def test_health_is_asked_after_under_the_base_url():
 
 
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 503 Service Unavailable\r\n\r\n", b"HTTP/1.1 302 Found\r\n\r\n",
-                                    b"", b"SSH-2.0-OpenSSH\r\n", b"x" * 200_000])  # fmt: skip
-def test_a_server_that_answers_anything_else_fails(answer):
+                                    b"HTTP/1.1 500\r\n\r\n"])  # fmt: skip
+def test_a_server_that_answers_anything_else_is_unwell(answer):
+    assert opinion(answer)[0] is Server.UNWELL
+
+
+@pytest.mark.parametrize("answer", [b"", b"SSH-2.0-OpenSSH\r\n", b"x" * 200_000])
+def test_a_server_that_closes_the_connection_or_speaks_no_http_fails(answer):
     assert opinion(answer)[0] is Server.FAILS
 
 
@@ -53,6 +58,37 @@ def test_a_port_where_nothing_listens_fails():
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         assert asyncio.run(ask(Address(f"http://127.0.0.1:{held.getsockname()[1]}"), 5.0)) is Server.FAILS
+
+
+@pytest.mark.parametrize(
+    ("places", "said"),
+    [
+        (["127.0.0.1", "127.0.0.2"], Server.FAILS),
+        (["127.0.0.1", "255.255.255.255"], Server.UNKNOWN),  # to the second there is no way from here
+        (["255.255.255.255"], Server.UNKNOWN),
+    ],
+)
+def test_a_host_with_several_addresses_fails_if_all_of_them_refuse(monkeypatch, places, said):
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        port, look_up = held.getsockname()[1], socket.getaddrinfo
+
+        def answer(host, *args, **kwargs):
+            hosts = places if host == "engine.example" else [host]
+            return [found for one in hosts for found in look_up(one, port, type=socket.SOCK_STREAM)]
+
+        monkeypatch.setattr(socket, "getaddrinfo", answer)
+        assert asyncio.run(ask(Address(f"http://engine.example:{port}"), 5.0)) is said
+
+
+def test_a_host_is_asked_at_its_next_address_if_the_first_refuses(monkeypatch):
+    look_up = socket.getaddrinfo
+
+    def answer(host, port, *args, **kwargs):
+        return [found for one in ("127.0.0.2", host) for found in look_up(one, port, type=socket.SOCK_STREAM)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", answer)
+    assert opinion(b"HTTP/1.1 200 OK\r\n\r\n")[0] is Server.SERVES
 
 
 def test_a_silent_server_is_unknown_after_the_timeout():

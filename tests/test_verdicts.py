@@ -13,10 +13,10 @@ TIMEOUT, FAILED, UNAVAILABLE = Reason.PROBE_TIMEOUT, Reason.PROBE_FAILED, Reason
 
 
 def failures(*failures):
-    """A count of failures at these times: (cause, time, whether it counts)."""
+    """A count of failures at these times: (cause, time, whether it counts, whether somebody said so)."""
     made = FailureCount()
-    for cause, at, counts in failures:
-        made.add(cause, at, counts=counts)
+    for cause, at, counts, *told in failures:
+        made.add(cause, at, counts=counts, told=any(told))
     return made
 
 
@@ -67,6 +67,42 @@ def test_an_outage_begins_with_its_first_failure_whether_that_counts_or_not():
 def test_failures_that_counted_before_do_not_end_an_engine_whose_server_serves_again():
     served = failures((TIMEOUT, 0, True), (TIMEOUT, 10, True), (TIMEOUT, 20, True), (TIMEOUT, 30, False))
     assert not served.is_due(3, 120, 30)
+
+
+def test_a_stop_of_this_process_forgives_silence_and_breaks_and_not_what_was_told():
+    counted = failures((TIMEOUT, 0, True), (FAILED, 10, True, True), (UNAVAILABLE, 20, False), (FAILED, 30, True, True))
+    counted.forgive_stop(5)
+    assert (counted.count, counted.since, counted.cause) == (2, 15, FAILED)
+    counted.add(FAILED, 40, counts=True, told=True)
+    assert counted.is_due(3, 120, 40)
+
+
+def test_a_stop_of_this_process_leaves_nothing_of_silence_alone():
+    counted = failures((TIMEOUT, 0, True), (UNAVAILABLE, 10, False))
+    counted.forgive_stop(5)
+    assert (counted.count, counted.since, counted.cause) == (0, None, None)
+
+
+def test_silence_that_ends_with_a_no_is_not_forgiven():
+    counted = failures((TIMEOUT, 0, True))
+    counted.confirm(FAILED, 5)
+    counted.forgive_stop(2)
+    assert (counted.count, counted.since, counted.cause) == (1, 7, FAILED)
+
+
+def test_a_silence_that_was_told_when_it_was_counted_is_not_told_twice():
+    counted = failures((TIMEOUT, 0, True, True))
+    counted.confirm(FAILED, 5)
+    counted.forgive_stop(2)
+    assert counted.count == 1
+
+
+def test_the_time_of_stops_is_no_part_of_the_budget_of_an_outage():
+    counted = failures((FAILED, 0, True, True))
+    counted.forgive_stop(100)
+    counted.add(UNAVAILABLE, 110, counts=False)
+    assert not counted.is_due(3, 120, 219.9)
+    assert counted.is_due(3, 120, 220)
 
 
 @pytest.mark.parametrize(
