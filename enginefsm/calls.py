@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import ray
 from ray import ObjectRef, cloudpickle
 from ray.actor import ActorHandle, ActorMethod
-from ray.exceptions import RayTaskError
+from ray.exceptions import ActorUnavailableError, RayTaskError
 
 from enginefsm import _actorside, _ray_handles
 
@@ -81,8 +81,8 @@ class Ledger:
             known = [call() for number, call in self._open.items() if number < below]
         # Those that were collected meanwhile, or never submitted, keep nobody busy.
         refs = [call.ref for call in known if call is not None and hasattr(call, "ref")]
-        # One that nobody has awaited is open, but it may have ended. To ask that fetches nothing, and does not wait.
-        return bool(refs) and bool(ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)[1])
+        # One that nobody has awaited is open, but it may have ended. To ask that does not wait.
+        return any(not _has_ended(ref) for ref in refs)
 
     def open(self, call: Call) -> int:
         """A new number, for this call."""
@@ -108,6 +108,18 @@ class Ledger:
         while not self._settled.empty():
             self._news.append(self._settled.get())
             self._open.pop(self._news[-1], None)
+
+
+def _has_ended(ref: ObjectRef[Any]) -> bool:
+    if not ray.wait([ref], timeout=0, fetch_local=False)[0]:
+        return False
+    try:
+        ray.get(ref, timeout=0)
+    except ActorUnavailableError:
+        return False  # the connection broke: the method may run on
+    except Exception:  # noqa: BLE001  whatever it gave, or that it lies elsewhere: it has ended
+        return True
+    return True
 
 
 class _Freezer(cloudpickle.CloudPickler):

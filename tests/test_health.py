@@ -296,6 +296,21 @@ def test_a_call_that_has_ended_hides_no_frozen_actor_though_nobody_has_awaited_i
     assert end_of(verdict) == (*OURS, Reason.PROBE_TIMEOUT)
 
 
+def test_a_call_that_was_cut_off_may_run_on_and_excuses_silence_though_nobody_awaits_it(fleet, watch, verdicts):
+    (rig,) = bring_up(fleet)
+    watch([rig.engine], on_dead=verdicts, failure_threshold=1, timeout_s=1)
+    held = rig.engine.hold.remote()
+    rig.wait_for("held")
+    rig.cut()
+    ray.wait([held.ref])  # sealed
+    before = checks(fleet, "busy")
+    wait_until(lambda: checks(fleet, "busy") >= before + 4, what="some intervals")
+    rig.open("let_go")
+    wait_for_probes(rig, 2)
+    wait_until(lambda: rig.engine.state is READY, what="the recovery")
+    assert verdicts.given == []
+
+
 def test_an_engine_is_not_probed_before_it_has_launched(fleet, watch):
     rig = fleet.launch(Probed)
     other = bring_up(fleet)[0]
