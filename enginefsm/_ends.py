@@ -16,15 +16,20 @@ import atexit
 import contextlib
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
 
 from enginefsm import _ray_handles
 
+LEAVE_S = 10.0
+"""How long an end waits for threads that are in calls of Ray: as long as a hub takes to start on a busy machine."""
+
 _lock = threading.Lock()
 _told: list[Callable[[], object]] = []
+_left = threading.Condition()
+_in_ray: list[int] = []  # the threads that are
 
 
 def tell_before(act: Callable[[], object]) -> None:
@@ -49,11 +54,26 @@ def forget(act: Callable[[], object]) -> None:
             _told.remove(act)
 
 
+@contextlib.contextmanager
+def calling_ray() -> Iterator[None]:
+    """What a thread does here calls Ray: the end waits for it, `LEAVE_S` seconds at most."""
+    with _left:
+        _in_ray.append(threading.get_ident())
+    try:
+        yield
+    finally:
+        with _left:
+            _in_ray.remove(threading.get_ident())
+            _left.notify_all()
+
+
 def _tell() -> None:
     with _lock:
         told, _told[:] = list(_told), []
     for act in told:
         act()
+    with _left:
+        _left.wait_for(lambda: not _in_ray, LEAVE_S)
 
 
 _MARK = "enginefsm_tells_first"

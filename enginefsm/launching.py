@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
-from enginefsm import _ray_handles
+from enginefsm import _ends, _ray_handles
 from enginefsm.engine import MonitoredEngine
 from enginefsm.states import EngineState, LaunchStage
 
@@ -52,7 +52,8 @@ class LaunchStages:
         asking.join(wait_s)
 
     def _ask(self, launching: list[MonitoredEngine]) -> None:
-        creations = _ray_handles.creations([engine.handle for engine in launching], ANSWER_S)
+        with _ends.calling_ray():
+            creations = _ray_handles.creations([engine.handle for engine in launching], ANSWER_S)
         self._answered = creations is not None
         for engine in launching:
             creation = None if creations is None else creations.get(engine.actor_id)

@@ -527,8 +527,19 @@ sys.path.insert(0, {here!r})
 import ray
 import conftest, enginefsm
 from bare_handles import bare_handle
-from enginefsm.export import Hub, HubSettings, read_fleet
+from enginefsm.export import Hub, HubSettings, hub, read_fleet
 
+start, in_start = hub.start, []
+
+def slow_start(*settings):
+    in_start.append(settings)
+    time.sleep({start_s})
+    try:
+        return start(*settings)
+    finally:
+        in_start.clear()
+
+hub.start = slow_start
 with conftest.local_ray(PYTHONPATH={path!r}):
     monitor = enginefsm.EngineMonitor("glm", export=[Hub(HubSettings(file_sd=""))])
     engine = monitor.adopt(bare_handle(), name="one")
@@ -540,6 +551,7 @@ with conftest.local_ray(PYTHONPATH={path!r}):
     if not {by_exit}:
         ray.shutdown()
         assert monitor.closed
+        assert not in_start, "a thread may be in a call of Ray"
         Path({done!r}).touch()
     else:
         Path({done!r}).touch()
@@ -549,10 +561,11 @@ sys.exit(3)
 
 
 ENDS = {
-    "shut down at once": {"freeze": False, "pause_s": 0, "by_exit": False},
-    "shut down while the hub starts": {"freeze": False, "pause_s": 0.05, "by_exit": False},
-    "shut down, hub frozen": {"freeze": True, "pause_s": 1, "by_exit": False},
-    "exit, hub frozen": {"freeze": True, "pause_s": 1, "by_exit": True},
+    "shut down at once": {"freeze": False, "pause_s": 0, "start_s": 0, "by_exit": False},
+    "shut down while the hub starts": {"freeze": False, "pause_s": 0.05, "start_s": 0, "by_exit": False},
+    "shut down, the hub starts slowly": {"freeze": False, "pause_s": 0.5, "start_s": 4, "by_exit": False},
+    "shut down, hub frozen": {"freeze": True, "pause_s": 1, "start_s": 0, "by_exit": False},
+    "exit, hub frozen": {"freeze": True, "pause_s": 1, "start_s": 0, "by_exit": True},
 }
 
 

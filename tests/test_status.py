@@ -169,10 +169,8 @@ def test_the_reader_goes_from_ray_to_http_and_back_when_the_hub_is_another(scene
         assert reader.read()["hub"] == first["hub"]
         assert reader._ray is None  # over HTTP by now
         scene.kill_hub()
-        with pytest.raises(NothingToSeeError, match=r"has no hub of enginefsm|does not answer"):
-            reader.read()
         scene.launch(bringup, "engine-3")
-        assert bringup.flush(30)  # starts another hub
+        assert bringup.flush(60)  # starts another hub, if a heartbeat has not done so
         again = reader.read()
         assert again["hub"]["pid"] != first["hub"]["pid"]
         assert len(again["runs"][0]["engines"]) == 3

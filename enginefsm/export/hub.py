@@ -37,7 +37,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from enginefsm import _ray_handles
+from enginefsm import _ends, _ray_handles
 from enginefsm.export._files import write_atomically
 from enginefsm.export.fleet import PROTOCOL, Answer, FleetTable, Report, counts, row
 from enginefsm.export.outbox import Batch, Fleet, NotYetError
@@ -127,6 +127,10 @@ class Hub:
 
     def send(self, fleet: Fleet, batch: Batch) -> None:
         """Report to the hub, and wait for its answer, a second at most; raises what kept the answer away."""
+        with _ends.calling_ray():
+            self._send(fleet, batch)
+
+    def _send(self, fleet: Fleet, batch: Batch) -> None:
         if not ray.is_initialized():  # Ray would start a cluster of its own
             raise ConnectionError("this process is not connected to Ray any more")
         if self._unanswered is not None:  # one report at a time: a frozen hub is not to be buried in them
