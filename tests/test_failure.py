@@ -21,7 +21,7 @@ LAUNCHING, READY, UNAVAILABLE, DEAD = EngineState
 
 
 def killed(rig):
-    rig.wait_for("begun")
+    wait_until(rig.times_init_began, what="the beginning")  # the file alone may be there before its line
     os.kill(rig.pid, signal.SIGKILL)
 
 

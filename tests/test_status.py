@@ -80,9 +80,10 @@ class Scene:
             self.kill_hub()
 
     def kill_hub(self):
-        pid = ray.get(hub.find().fleet.remote())["hub"]["pid"]
-        ray.kill(hub.find())
-        wait_until(lambda: hub.find() is None and not Path(f"/proc/{pid}").exists(), what="the hub's end")
+        killed = hub.find()
+        pid = ray.get(killed.fleet.remote())["hub"]["pid"]
+        ray.kill(killed)  # a heartbeat may have another one started at once
+        wait_until(lambda: hub.find() != killed and not Path(f"/proc/{pid}").exists(), what="the hub's end")
 
 
 @pytest.fixture
