@@ -94,9 +94,12 @@ class Wait:
         for one in dict.fromkeys([*(one for engine in engines for one in engine.due(now)), *resting]):
             try:
                 one.resubmit(now)
-            except RayError as error:  # Ray refuses to submit: too many calls are pending, say
-                if one in resting:  # else it is told to whoever awaits that one
+            except Exception as error:
+                if one not in resting:
+                    continue  # whoever awaits that one submits it too, and is told
+                if isinstance(error, RayError):  # Ray refuses to submit: too many calls are pending, say
                     raise _noted(one, error) from error.__cause__
+                raise
         for one in resting:
             self._watch_or_rest(one)
 

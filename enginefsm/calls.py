@@ -115,6 +115,8 @@ def _has_ended(ref: ObjectRef[Any]) -> bool:
         return False
     try:
         ray.get(ref, timeout=0)
+    except RayTaskError:
+        return True  # the method raised, be it what it heard of a peer
     except ActorUnavailableError:
         return False  # the connection broke: the method may run on
     except Exception:  # noqa: BLE001  whatever it gave, or that it lies elsewhere: it has ended
@@ -213,6 +215,11 @@ class Awaited:
     def is_probe(self) -> bool:
         """Whether what is waited for is a probe."""
         return False
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether somebody waits for it."""
+        return self._left_at is None
 
     def leave(self) -> None:
         """Nobody waits for it any more, though it has not ended."""

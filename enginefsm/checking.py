@@ -226,7 +226,7 @@ class Checks:
         """No answer, for the timeout or for one interval more."""
         self.notice_stop()
         now = time.monotonic()
-        if now < watched.overdue_at:
+        if now < watched.overdue_at or not ray.is_initialized():
             return
         watched.overdue_at = now + self._pause_s()
         says = watched.group.says
@@ -305,6 +305,8 @@ class Checks:
             return
         with self._phases.lock:  # there is no verdict once pause() has returned
             if not self._phases.is_current(phase) or engine.state is not EngineState.UNAVAILABLE:
+                return
+            if engine is watched.reported:  # it ended with another actor of its group
                 return
             if self._limits.decide(watched.group, engine.name, since, now) is Decision.GIVEN and engine.give_up():
                 self._update_limits(watched, engine)

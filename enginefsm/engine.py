@@ -290,7 +290,7 @@ class MonitoredEngine:
             if outcome is Outcome.ACTOR_UNAVAILABLE and (self._outage is None or held):
                 self._outage = Outage(since=now)
             if outcome in (Outcome.SUCCEEDED, Outcome.METHOD_FAILED):
-                if self.launch == BY_CONSTRUCTOR and not self._record.succeeded:
+                if self.launch == BY_CONSTRUCTOR and self.probe is None and not self._record.succeeded:
                     launches, outcome = True, Outcome.SUCCEEDED  # whatever was answered, the constructor had ended
                 if launches and outcome is Outcome.SUCCEEDED:
                     self._record.succeeded = True
@@ -330,27 +330,32 @@ class MonitoredEngine:
             now = time.monotonic()
             if self._outage is None:
                 # Another thread's call was answered since: the engine is back already.
-                call.resubmit_at = max(now, self._again_at)
+                call.resubmit_at = max(now, self._again_at if self._some_rest() else now)
                 self._resting.append(weakref.ref(call))
                 return True
             if call.failing is None or call.outage is not self._outage:
                 call.outage, call.failing, call.attempts_in_outage = self._outage, Outage(since=now), 0
             if call.failing.exhausted(policy, call.attempts_in_outage, now):
                 return False
-            if self._again_at <= now:
+            if self._again_at <= now or not self._some_rest():
                 self._again_at = now + self._outage.next_pause_s(policy)
             call.resubmit_at = call.failing.in_budget(policy, self._again_at, now)
             call.attempts_in_outage += 1
             self._resting.append(weakref.ref(call))
             return True
 
+    def _some_rest(self) -> bool:
+        held = (ref() for ref in self._resting)
+        return any(call is not None and call.is_awaited and call.resubmit_at is not None for call in held)
+
     def due(self, now: float) -> list[Awaited]:
-        """Which of its calls are to be submitted again by now, whoever awaits them, in the order of their making."""
+        """Which of its calls that are awaited are to be submitted again by now, in the order of their making."""
         with self._lock:
             held = (ref() for ref in self._resting)
             calls = [call for call in held if call is not None and call.resubmit_at is not None]
             self._resting = [weakref.ref(call) for call in calls]
-        return sorted((call for call in calls if call.is_due(now)), key=operator.attrgetter("made_at"))
+        due = (call for call in calls if call.is_due(now) and call.is_awaited)
+        return sorted(due, key=operator.attrgetter("made_at"))
 
     def _step(self, reason: Reason, now: float) -> bool:
         step = self._record.move(reason, now, time.time())

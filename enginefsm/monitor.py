@@ -88,7 +88,7 @@ class EngineMonitor:
         self._exports: Exports | None = None
         self._has_begun = False
         self.closed = False
-        """Whether it has ended what it exported."""
+        """Whether it has ended: its watches, and what it exported."""
 
     def adopt(
         self, handle: ActorHandle[Any], *, name: str, launch: str = "init", probe: Probe | None = None, **labels: object

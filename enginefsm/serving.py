@@ -103,6 +103,7 @@ class SecondOpinion:
         self._asked = asked
         self.said = Server.UNKNOWN
         """What the server said last."""
+        self._times_forgotten = 0
         self.is_asking = False
         self._wanted = asyncio.Event()
         self._of: MonitoredEngine | None = None
@@ -129,20 +130,22 @@ class SecondOpinion:
             self._wanted.set()
 
     def forget(self) -> None:
-        """Take nothing that was said so far into account."""
+        """Take nothing into account that was said so far, or is said to a question that was asked before."""
         self.said = Server.UNKNOWN
+        self._times_forgotten += 1
 
     async def keep_asking(self) -> None:
         """Ask whenever that is wanted, until cancelled."""
         while True:
             await self._wanted.wait()
             self._wanted.clear()
-            engine = self._engine()
+            engine, times_forgotten = self._engine(), self._times_forgotten
             try:
                 self._learn_address(engine)
                 if self._address is not None:
                     said = await ask(self._address, self._timeout_s)
-                    self.said = said if engine is self._engine() else Server.UNKNOWN
+                    still_counts = engine is self._engine() and times_forgotten == self._times_forgotten
+                    self.said = said if still_counts else Server.UNKNOWN
             except Exception:  # of this library: the checks go on without it
                 logger.exception("the server of engine %s could not be asked", engine.name)
                 self.said = Server.UNKNOWN

@@ -65,19 +65,20 @@ def adopt_group(
     nodes_per_engine = getattr(server_group, "nodes_per_engine", 1)
     model = model or PurePosixPath(getattr(server_group, "model_path", None) or "default").name
     nodes = _nodes(server_group, new)
+    names = {i: f"{model}/{server_group.worker_type}/{server_group.rank_offset + i}" for i in new}
+    may_restart = (monitor or enginefsm.default_monitor()).may_restart
     adopted = []
-    for index in new:
-        rank = server_group.rank_offset + index
+    for index in sorted(new, key=lambda i: may_restart(names[i])):  # one that may not goes first: others spend nothing
         labels = {"model": model, "worker_type": server_group.worker_type, "node": nodes.get(index, "")}
         if nodes_per_engine > 1:
             labels["node_rank"] = str(index % nodes_per_engine)
         try:
-            slots[index] = _adopt(slots[index], f"{model}/{server_group.worker_type}/{rank}", "init", labels, monitor)
+            slots[index] = _adopt(slots[index], names[index], "init", labels, monitor)
         except RestartCapError as error:
             _discard(slots, new)
             error.add_note(f"enginefsm: killed all {len(new)} that were to be adopted, and freed their places")
             raise
-        adopted.append((rank, slots[index]))
+        adopted.append((server_group.rank_offset + index, slots[index]))
     return adopted
 
 

@@ -21,6 +21,7 @@ from enginefsm.arrivals import Raised
 from enginefsm.awaiting import Wait
 from enginefsm.calls import Arguments, Call, Ledger, says_restarted
 from enginefsm.engine import MonitoredEngine
+from enginefsm.outcomes import Outcome
 from enginefsm.plain_calls import PlainCall
 from enginefsm.states import EngineRecord
 
@@ -292,6 +293,62 @@ def test_a_call_that_nobody_holds_any_more_does_not_go_out_with_others(lost):
     submit_when_due(wait)
 
     assert [values for _, _, values in sent(engine)] == [["kept"], ["dropped"], ["kept"]]
+
+
+def test_a_call_that_nobody_awaits_waits_until_somebody_does(lost):
+    engine, lose = lost
+    left, awaited, leaves, wait = make_call(engine), make_call(engine), a_wait(), a_wait()
+    lose(left, leaves)
+    lose(awaited, wait)
+    leaves.leave()
+
+    submit_when_due(wait)
+    assert (left.attempt, awaited.attempt) == (0, 1)
+
+    later = a_wait()
+    later.take_up(left)
+    submit_when_due(later)
+    assert left.attempt == 1
+
+
+class Unwilling:
+    """An argument that cannot be unpickled once it was lost."""
+
+    lost = False
+
+    def __reduce__(self):
+        return Unwilling.again, ()
+
+    @staticmethod
+    def again():
+        if Unwilling.lost:
+            raise ValueError("not now")
+        return Unwilling()
+
+
+def test_what_keeps_a_call_from_being_submitted_again_is_told_to_whoever_awaits_that_one(lost, monkeypatch):
+    engine, lose = lost
+    bad, good, bads, goods = make_call(engine, "m", Unwilling()), make_call(engine), a_wait(), a_wait()
+    lose(bad, bads)
+    lose(good, goods)
+    monkeypatch.setattr(Unwilling, "lost", True)
+
+    submit_when_due(goods)
+    assert good.attempt == 1
+    with pytest.raises(ValueError, match="not now"):
+        submit_when_due(bads)
+
+
+def test_a_new_outage_does_not_wait_for_calls_of_an_earlier_one_that_nobody_holds(lost):
+    engine, lose = lost
+    lose(make_call(engine), Wait(RetryPolicy(base_s=15, jitter="none"), list, lambda _: None, lambda: None))
+    gc.collect()
+    engine.observe(Outcome.SUCCEEDED, launches=False, submitted_at=time.monotonic())
+    call, wait = make_call(engine), a_wait()
+
+    lose(call, wait)
+
+    assert wait.wake_at() - time.monotonic() < 1
 
 
 def test_pauses_grow_with_the_outage_and_not_with_the_calls_that_it_takes(lost):

@@ -667,6 +667,18 @@ def test_an_engine_of_several_actors_ends_once_by_whichever_of_them_fails(fleet,
     assert len(verdicts.given) == 2
 
 
+def test_an_engine_all_of_whose_actors_are_silent_ends_once_and_holds_no_verdict(fleet, watch, verdicts):
+    rigs = bring_up(fleet, 3)
+    watch([[rigs[0].engine, rigs[1].engine], rigs[2].engine], on_dead=verdicts)
+    for rig in rigs:
+        wait_for_probes(rig)
+    with chaos.freeze(rigs[0].pid), chaos.freeze(rigs[1].pid):
+        verdicts.wait_for()
+        wait_for_probes(rigs[2], 8)
+        assert fleet.metric("enginefsm_verdicts_held", why="kill_cap") == 0
+    assert len(verdicts.given) == 1
+
+
 def test_a_replacement_is_watched_under_its_name_and_its_end_is_told_again(fleet, watch):
     (first,) = bring_up(fleet)
     told = Verdicts()

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from enginefsm.serving import Address, Server, ask
+from enginefsm.serving import Address, SecondOpinion, Server, ask
 
 
 def opinion(answer, path="", timeout_s=5.0):
@@ -107,6 +107,30 @@ def test_a_server_that_does_not_accept_is_unknown():
             waiting.setblocking(False)
             waiting.connect_ex(full.getsockname())
         assert asyncio.run(ask(Address(f"http://127.0.0.1:{full.getsockname()[1]}"), 0.2)) is Server.UNKNOWN
+
+
+def test_what_was_asked_before_a_pause_says_nothing_after_it(monkeypatch):
+    async def opinion_after_a_pause():
+        answered, asked = asyncio.Event(), asyncio.Event()
+
+        async def slow(address, timeout_s):
+            await answered.wait()
+            return Server.UNWELL
+
+        monkeypatch.setattr("enginefsm.serving.ask", slow)
+        monkeypatch.setattr(SecondOpinion, "_learn_address", lambda opinion, engine: None)
+        opinion = SecondOpinion(lambda: None, "get_url", 30, asked.set)
+        opinion._address = Address("http://127.0.0.1:1")
+        asking = asyncio.ensure_future(opinion.keep_asking())
+        opinion.ask()
+        await asyncio.sleep(0)
+        opinion.forget()
+        answered.set()
+        await asked.wait()
+        asking.cancel()
+        return opinion.said
+
+    assert asyncio.run(opinion_after_a_pause()) is Server.UNKNOWN
 
 
 def test_no_proxy_is_asked(monkeypatch):
