@@ -8,7 +8,7 @@ import operator
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ray import ObjectRef
@@ -344,15 +344,18 @@ class MonitoredEngine:
             self._resting.append(weakref.ref(call))
             return True
 
-    def _some_rest(self) -> bool:
+    def _rest(self) -> Iterator[Awaited]:
+        """The calls that rest, of those that somebody still holds."""
         held = (ref() for ref in self._resting)
-        return any(call is not None and call.is_awaited and call.resubmit_at is not None for call in held)
+        return (call for call in held if call is not None and call.resubmit_at is not None)
+
+    def _some_rest(self) -> bool:
+        return any(call.is_awaited for call in self._rest())
 
     def due(self, now: float) -> list[Awaited]:
         """Which of its calls that are awaited are to be submitted again by now, in the order of their making."""
         with self._lock:
-            held = (ref() for ref in self._resting)
-            calls = [call for call in held if call is not None and call.resubmit_at is not None]
+            calls = list(self._rest())
             self._resting = [weakref.ref(call) for call in calls]
         due = (call for call in calls if call.is_due(now) and call.is_awaited)
         return sorted(due, key=operator.attrgetter("made_at"))

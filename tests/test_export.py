@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.server
 import json
 import logging
 import os
@@ -15,13 +14,14 @@ import sys
 import threading
 import time
 import urllib.request
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 from bare_handles import bare_handle
 from engines import wait_until
 from prometheus_client.parser import text_string_to_metric_families
-from servers import pushgateway
+from servers import pushgateway, serving
 from stopwatch import Stopwatch
 
 import enginefsm
@@ -552,24 +552,14 @@ def test_a_push_gateway_is_reached_past_a_proxy_that_knows_nothing_of_it(make_mo
 
 @contextlib.contextmanager
 def gateway_that_answers(status):
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(BaseHTTPRequestHandler):
         def do_PUT(self):
             self.rfile.read(int(self.headers["Content-Length"]))
             self.send_response(status)
             self.end_headers()
 
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
+    with serving(Handler) as server:
         yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 @contextlib.contextmanager

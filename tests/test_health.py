@@ -9,12 +9,13 @@ import logging
 import os
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import psutil
 import pytest
 import ray
 from engines import Probed, wait_until
+from servers import serving
 from stopwatch import Stopwatch
 
 import enginefsm
@@ -69,19 +70,10 @@ def server_of(rig):
             self.send_response(server.status)
             self.end_headers()
 
-        def log_message(self, *args):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with serving(Handler) as server:
         server.status = 200
         (rig.directory / "url").write_text(f"http://127.0.0.1:{server.server_port}")
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
+        yield server
 
 
 @pytest.fixture

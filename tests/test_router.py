@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 from engines import wait_until
 from rollout_manager import start_router
+from servers import serving
 from slime_engines import ask
 
 from enginefsm.router import RouterError, remove_worker
@@ -103,18 +103,8 @@ def test_a_router_that_answers_otherwise_is_an_error_within_the_time(listing, co
             self.send_response(202)
             self.end_headers()
 
-        def log_message(self, *args):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            with pytest.raises(RouterError, match=complaint):
-                remove_worker("127.0.0.1", server.server_port, "http://x", timeout_s=timeout_s)
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving(Handler) as server, pytest.raises(RouterError, match=complaint):
+        remove_worker("127.0.0.1", server.server_port, "http://x", timeout_s=timeout_s)
     assert deleted == asked
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.server
 import json
 import os
 import pty
@@ -13,14 +12,15 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 import ray
 from engines import Engine, wait_until
 from ray.exceptions import ActorDiedError
+from servers import serving
 
 import enginefsm
 from enginefsm import EngineMonitor, cli
@@ -254,20 +254,15 @@ def test_what_is_no_address_is_said_to_be_so(address):
      (200, b'{"runs": [], "hub": {}, "version": 2}')],
 )  # fmt: skip
 def test_what_is_no_hub_is_said_to_be_so(status, body):
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(status)
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        with pytest.raises(NothingToSeeError, match=r"is not a hub of enginefsm|is of another version of enginefsm"):
-            HubReader(f"http://127.0.0.1:{server.server_port}").read()
-        server.shutdown()
+    complaint = r"is not a hub of enginefsm|is of another version of enginefsm"
+    with serving(Handler) as server, pytest.raises(NothingToSeeError, match=complaint):
+        HubReader(f"http://127.0.0.1:{server.server_port}").read()
 
 
 class Watch:
