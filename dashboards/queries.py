@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from enginefsm.states import EDGES, EngineState
+from enginefsm.fsm.states import EDGES, EngineState
 
 ENGINE = "run, model, worker_type, engine"
 GROUP = "run, model, worker_type"

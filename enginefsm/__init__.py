@@ -13,19 +13,19 @@ from typing import Any, overload
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
-from enginefsm.actors import monitored
-from enginefsm.calls import Call
-from enginefsm.engine import MonitoredEngine, Probe
+from enginefsm._calls.asyncio_actors import monitored
+from enginefsm._calls.calls import Call
+from enginefsm._engine.engine import MonitoredEngine, Probe
 from enginefsm.errors import ActorRestartedError, LaunchDeadlineError, RestartCapError, RetryExhaustedError
 from enginefsm.events import CallOutcome, Event, Listener
 from enginefsm.export import Exporter
-from enginefsm.health import HealthMonitor, Verdict
-from enginefsm.incarnations import Incarnation
-from enginefsm.metrics import MetricsServer
+from enginefsm.fsm.incarnations import Incarnation
+from enginefsm.fsm.outcomes import Outcome, classify
+from enginefsm.fsm.states import EngineState, LaunchStage, Reason, Transition
+from enginefsm.health.monitor import HealthMonitor, Verdict
+from enginefsm.metrics.collector import MetricsServer
 from enginefsm.monitor import EngineMonitor
-from enginefsm.outcomes import Outcome, classify
 from enginefsm.policy import RestartCap, RetryPolicy
-from enginefsm.states import EngineState, LaunchStage, Reason, Transition
 
 __all__ = [
     "ActorRestartedError",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
 
-from enginefsm.incarnations import Incarnation
+from enginefsm.fsm.incarnations import Incarnation
 from enginefsm.policy import RestartCap
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from enginefsm.outcomes import Outcome
-from enginefsm.states import Transition
+from enginefsm.fsm.outcomes import Outcome
+from enginefsm.fsm.states import Transition
 
 
 class CallOutcome(NamedTuple):

@@ -12,26 +12,27 @@ from typing import Any, overload
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
-from enginefsm import _ends, _ray_handles
-from enginefsm.awaiting import Wait
-from enginefsm.blocking import wait_blocking
-from enginefsm.calls import Awaited, Call
-from enginefsm.checking import Fleet, Settings
-from enginefsm.checks import check_adopted, check_watched
-from enginefsm.delivery import Delivery
-from enginefsm.engine import MonitoredEngine, Probe
+from enginefsm._calls.calls import Awaited, Call
+from enginefsm._engine.checks import check_adopted, check_watched
+from enginefsm._engine.engine import MonitoredEngine, Probe
+from enginefsm._engine.launch_stages import LaunchStages
+from enginefsm._ray import ends as _ends
+from enginefsm._ray import handles as _ray_handles
+from enginefsm._wait.lane import Lane
+from enginefsm._wait.loops import pace, wait_on_loop
+from enginefsm._wait.threads import wait_blocking
+from enginefsm._wait.wait import Wait
 from enginefsm.errors import RestartCapError
 from enginefsm.events import Event, Listener
 from enginefsm.export import FLUSH_S, Exporter, Exports, from_environment
-from enginefsm.health import HealthMonitor, Verdict
-from enginefsm.incarnations import FIRST, Incarnation, Lineage
-from enginefsm.lane import Lane
-from enginefsm.launching import LaunchStages
-from enginefsm.looping import pace, wait_on_loop
-from enginefsm.metrics import FleetMetrics, MetricsServer
+from enginefsm.export.delivery import Delivery
+from enginefsm.fsm.incarnations import FIRST, Incarnation, Lineage
+from enginefsm.fsm.states import EngineRecord, EngineState, Reason, Transition
+from enginefsm.fsm.verdicts import VerdictLimits
+from enginefsm.health.checker import Fleet, Settings
+from enginefsm.health.monitor import HealthMonitor, Verdict
+from enginefsm.metrics.collector import FleetMetrics, MetricsServer
 from enginefsm.policy import RestartCap, RetryPolicy
-from enginefsm.states import EngineRecord, EngineState, Reason, Transition
-from enginefsm.verdicts import VerdictLimits
 
 logger = logging.getLogger("enginefsm")
 

@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 import hypothesis
 import pytest
 import ray
-from clusters import local_ray
-from engines import Engine, held_within, wait_until
+from support.clusters import local_ray
+from support.engines import Engine, held_within, wait_until
 
 import enginefsm
-from enginefsm import chaos
+from enginefsm.rehearsal import chaos
 
 # How long an example takes says nothing where a machine has other things to do.
 hypothesis.settings.register_profile(

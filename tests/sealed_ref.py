@@ -10,11 +10,11 @@ import threading
 import time
 
 import ray
-from clusters import local_ray
 from ray.exceptions import ActorUnavailableError
+from support.clusters import local_ray
 
 import enginefsm
-from enginefsm import chaos
+from enginefsm.rehearsal import chaos
 
 
 @ray.remote(num_cpus=0)

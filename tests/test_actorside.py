@@ -19,12 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
-from bare_handles import recording_engine
 from ray import cloudpickle
+from support.bare_handles import recording_engine
 
-from enginefsm import _actorside
-from enginefsm._actorside import DROPPED, RESTARTED, SHELF, enter, run_once, run_once_on_loop
-from enginefsm.calls import Arguments, Call
+from enginefsm._calls import actor_side as _actorside
+from enginefsm._calls.actor_side import DROPPED, RESTARTED, SHELF, enter, run_once, run_once_on_loop
+from enginefsm._calls.calls import Arguments, Call
 
 TIMEOUT_S = 10
 

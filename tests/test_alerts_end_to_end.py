@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 import ray
-from engines import Engine, wait_until
 from ray.exceptions import ActorDiedError
-from servers import monitoring
+from support.engines import Engine, wait_until
+from support.servers import monitoring
 
 import enginefsm
-from enginefsm import chaos, dashboard_files
+from enginefsm.cli import dashboard_files
 from enginefsm.export import hub
+from enginefsm.rehearsal import chaos
 
 TIMES = int(os.environ.get("ENGINEFSM_ENDINGS", "1"))
 HERE = Path(__file__).parent

@@ -12,14 +12,16 @@ import weakref
 import pytest
 import ray
 import uvloop
-from bare_handles import bare_handle
-from engines import AsyncEngine, Asyncio, AsyncWithoutEnginefsm, Doomed, Engine, GroupedAsync, wait_until
-from loops import Loop
 from ray import cloudpickle
 from ray.exceptions import GetTimeoutError, RayTaskError, TaskCancelledError
+from support.bare_handles import bare_handle
+from support.engines import AsyncEngine, Asyncio, AsyncWithoutEnginefsm, Doomed, Engine, GroupedAsync, wait_until
+from support.loops import Loop
 
 import enginefsm
-from enginefsm import EngineState, RetryPolicy, arrivals, chaos
+from enginefsm import EngineState, RetryPolicy
+from enginefsm._wait import arrivals
+from enginefsm.rehearsal import chaos
 
 LAUNCHING, READY, UNAVAILABLE, DEAD = EngineState
 
@@ -207,7 +209,7 @@ def test_cancelling_while_calls_are_submitted_again_is_cancelling(fleet, plain_l
         arrivals.forget(taker, ref)
         waits[0].watched[ray.put(None)] = []  # as the thread does that submits again
 
-    monkeypatch.setattr("enginefsm.looping.forget", forget_while_another_is_watched)
+    monkeypatch.setattr("enginefsm._wait.loops.forget", forget_while_another_is_watched)
 
     async def cancel():
         task = asyncio.ensure_future(call)
@@ -249,13 +251,13 @@ def test_a_call_that_another_wait_submits_again_just_as_it_is_watched_is_followe
         call.resubmit(time.monotonic())
         arrivals.tell(taker, ref)
 
-    monkeypatch.setattr("enginefsm.looping.tell", submitted_again_first)
+    monkeypatch.setattr("enginefsm._wait.loops.tell", submitted_again_first)
     assert plain_loop.run(call) == "launched"
     assert (call.attempt, rig.times_init_began()) == (1, 1)
 
 
 def test_an_exit_from_a_listener_passes_to_who_awaits_and_the_next_is_told_of_as_before(fleet, monkeypatch):
-    monkeypatch.setattr("enginefsm.delivery.FLUSH_S", 60.0)
+    monkeypatch.setattr("enginefsm.export.delivery.FLUSH_S", 60.0)
     rig = fleet.launch(AsyncEngine)
     rig.open()
     met = []

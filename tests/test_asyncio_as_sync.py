@@ -8,8 +8,8 @@ import pytest
 import test_failure
 import test_recovery
 import uvloop
-from engines import AsyncEngine, Engine
-from loops import Loop
+from support.engines import AsyncEngine, Engine
+from support.loops import Loop
 
 AWAITED = ("gather", Engine, asyncio.new_event_loop)
 ASYNC = ("gather", AsyncEngine, uvloop.new_event_loop)

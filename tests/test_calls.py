@@ -10,20 +10,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
-from bare_handles import RecordingHandle, bare_handle, recording_engine
 from ray import ObjectRef, cloudpickle
 from ray._raylet import ActorID
 from ray.exceptions import ActorUnavailableError, RayTaskError
+from support.bare_handles import RecordingHandle, bare_handle, recording_engine
 
 from enginefsm import EngineMonitor, RetryPolicy
-from enginefsm._actorside import DROPPED, RESTARTED
-from enginefsm.arrivals import Raised
-from enginefsm.awaiting import Wait
-from enginefsm.calls import Arguments, Call, Ledger, says_restarted
-from enginefsm.engine import MonitoredEngine
-from enginefsm.outcomes import Outcome
-from enginefsm.plain_calls import PlainCall
-from enginefsm.states import EngineRecord
+from enginefsm._calls.actor_side import DROPPED, RESTARTED
+from enginefsm._calls.calls import Arguments, Call, Ledger, says_restarted
+from enginefsm._engine.engine import MonitoredEngine
+from enginefsm._wait.arrivals import Raised
+from enginefsm._wait.wait import Wait
+from enginefsm.fsm.outcomes import Outcome
+from enginefsm.fsm.states import EngineRecord
+from enginefsm.health.plain_calls import PlainCall
 
 
 class Numbered:

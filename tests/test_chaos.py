@@ -15,10 +15,10 @@ from typing import Any
 import psutil
 import pytest
 import ray
-from engines import wait_until
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, WorkerCrashedError
+from support.engines import wait_until
 
-from enginefsm import chaos
+from enginefsm.rehearsal import chaos
 
 
 @pytest.fixture

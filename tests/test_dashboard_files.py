@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from enginefsm import cli
+from enginefsm.cli import main as cli
 
 ROOT = Path(__file__).parents[1]
 CARRIED = {
@@ -40,7 +40,9 @@ def test_an_installed_package_writes_the_same(tmp_path):
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*pip, "--target", installed, source], check=True)
     shutil.rmtree(source)
-    code = "import sys, enginefsm; from enginefsm import cli; print(enginefsm.__file__); sys.exit(cli.main())"
+    code = (
+        "import sys, enginefsm; from enginefsm.cli import main as cli; print(enginefsm.__file__); sys.exit(cli.main())"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, "dashboards", "--out", tmp_path / "out"],
         env={"PYTHONPATH": str(installed)}, cwd=tmp_path, check=True, capture_output=True, text=True,
@@ -84,6 +86,6 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path, capsys, blocked):
 
 
 def test_an_installation_without_them_says_so(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("enginefsm.dashboard_files.resources.files", lambda package: tmp_path / "nothing")
+    monkeypatch.setattr("enginefsm.cli.dashboard_files.resources.files", lambda package: tmp_path / "nothing")
     assert cli.main(["dashboards", "--out", str(tmp_path / "out")]) == 2
     assert "lacks its dashboards" in capsys.readouterr().err

@@ -16,15 +16,15 @@ from pathlib import Path
 import build
 import pytest
 import ray
-from engines import held_within, kill, wait_until
-from known_faults import Manager
-from servers import monitoring
-from standin_fleet import StandInFleet
+from support.engines import held_within, kill, wait_until
+from support.known_faults import Manager
+from support.servers import monitoring
+from support.standin_fleet import StandInFleet
 
 import enginefsm
-from enginefsm import dashboard_files
+from enginefsm.cli import dashboard_files
 from enginefsm.export import hub
-from enginefsm.states import Reason
+from enginefsm.fsm.states import Reason
 
 HERE = Path(__file__).parent
 GRAFANA = HERE.parent / "dashboards" / "grafana"

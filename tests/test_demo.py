@@ -21,11 +21,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from enginefsm import Reason, cli
-from enginefsm.demo.board import Life
-from enginefsm.demo.faults import Injection
-from enginefsm.demo.options import FaultKind
-from enginefsm.demo.plan import Fault, make_plan
+from enginefsm import Reason
+from enginefsm.cli import main as cli
+from enginefsm.cli.demo.board import Life
+from enginefsm.cli.demo.faults import Injection
+from enginefsm.cli.demo.options import FaultKind
+from enginefsm.cli.demo.plan import Fault, make_plan
 
 COMMAND = [sys.executable, "-m", "enginefsm.cli", "demo"]
 TIMEOUT_S = 150  # ten times what it takes: others use this machine
@@ -396,7 +397,7 @@ def test_more_real_engines_than_the_memory_holds_are_bad_input(
 )
 def test_a_missing_package_is_named_with_the_way_to_install_it(package: str, arguments: list[str], advice: str) -> None:
     script = (
-        f"import sys; from enginefsm.cli import main; sys.modules[{package!r}] = None; "
+        f"import sys; from enginefsm.cli.main import main; sys.modules[{package!r}] = None; "
         f"sys.exit(main({['demo', *arguments]!r}))"
     )
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)

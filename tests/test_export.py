@@ -18,16 +18,16 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
-from bare_handles import bare_handle
-from engines import wait_until
 from prometheus_client.parser import text_string_to_metric_families
-from servers import pushgateway, serving
-from stopwatch import Stopwatch
+from support.bare_handles import bare_handle
+from support.engines import wait_until
+from support.servers import pushgateway, serving
+from support.stopwatch import Stopwatch
 
 import enginefsm
 from enginefsm import CallOutcome, EngineMonitor, Outcome, Reason, export
-from enginefsm.delivery import Delivery
 from enginefsm.export import EventLog, Http, Hub, PushGateway, Textfile, outbox
+from enginefsm.export.delivery import Delivery
 
 DIED = (Reason.ACTOR_UNAVAILABLE, Reason.RETRY_EXHAUSTED)
 

@@ -7,10 +7,10 @@ import itertools
 import random
 
 import pytest
-from bare_handles import bare_handle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import generate_latest
+from support.bare_handles import bare_handle
 from test_export import samples, value
 
 from enginefsm import EngineMonitor, Reason

@@ -21,18 +21,18 @@ from pathlib import Path
 
 import pytest
 import ray
-from bare_handles import bare_handle
-from engines import Engine, SlowToConstruct, kill, wait_until
 from prometheus_client import generate_latest
 from ray.exceptions import ActorDiedError
-from stopwatch import Stopwatch
+from support.bare_handles import bare_handle
+from support.engines import Engine, SlowToConstruct, kill, wait_until
+from support.stopwatch import Stopwatch
 from test_export import adopt, errors_of, move, samples, value
 from test_export_fleet import without_times
 
 import enginefsm
 from enginefsm import EngineMonitor, EngineState, LaunchDeadlineError, Reason, RetryPolicy, export
+from enginefsm.cli.status.words import changes, lines
 from enginefsm.export import Hub, HubSettings, PushGateway, hub, read_fleet
-from enginefsm.status.words import changes, lines
 
 HERE = Path(__file__).parent
 numbers = itertools.count()
@@ -526,7 +526,7 @@ from pathlib import Path
 sys.path.insert(0, {here!r})
 import ray
 import conftest, enginefsm
-from bare_handles import bare_handle
+from support.bare_handles import bare_handle
 from enginefsm.export import Hub, HubSettings, hub, read_fleet
 
 start, in_start = hub.start, []

@@ -11,11 +11,12 @@ import time
 
 import pytest
 import ray
-from engines import Doomed, kill, wait_until
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayTaskError
+from support.engines import Doomed, kill, wait_until
 
 import enginefsm
-from enginefsm import EngineState, LaunchDeadlineError, Outcome, Reason, RetryExhaustedError, RetryPolicy, chaos
+from enginefsm import EngineState, LaunchDeadlineError, Outcome, Reason, RetryExhaustedError, RetryPolicy
+from enginefsm.rehearsal import chaos
 
 LAUNCHING, READY, UNAVAILABLE, DEAD = EngineState
 

@@ -6,8 +6,8 @@ import pickle
 
 import pytest
 import ray
-from engines import Asyncio, Doomed, Grouped
 from ray import cloudpickle
+from support.engines import Asyncio, Doomed, Grouped
 
 import enginefsm
 

@@ -14,16 +14,17 @@ from http.server import BaseHTTPRequestHandler
 import psutil
 import pytest
 import ray
-from engines import Probed, wait_until
-from servers import serving
-from stopwatch import Stopwatch
+from support.engines import Probed, wait_until
+from support.servers import serving
+from support.stopwatch import Stopwatch
 
 import enginefsm
-from enginefsm import EngineState, Reason, chaos
-from enginefsm import health as health_module
-from enginefsm.health import STOP_S
-from enginefsm.serving import Server
-from enginefsm.standin import StandInEngine
+from enginefsm import EngineState, Reason
+from enginefsm.health import monitor as health_module
+from enginefsm.health.monitor import STOP_S
+from enginefsm.health.server_check import Server
+from enginefsm.rehearsal import chaos
+from enginefsm.rehearsal.standin import StandInEngine
 
 FAST = {"probe": "well", "interval_s": 0.2, "timeout_s": 0.5, "failure_threshold": 3}
 READY, UNAVAILABLE, DEAD = EngineState.READY, EngineState.UNAVAILABLE, EngineState.DEAD

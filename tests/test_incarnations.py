@@ -8,10 +8,10 @@ import time
 from unittest import mock
 
 import pytest
-from bare_handles import bare_handle
+from support.bare_handles import bare_handle
 
 from enginefsm import EngineMonitor, Reason, RestartCap, RestartCapError, Transition
-from enginefsm.incarnations import INCARNATIONS_KEPT
+from enginefsm.fsm.incarnations import INCARNATIONS_KEPT
 
 EPOCH_S = 1_763_830_000.0
 
@@ -34,7 +34,7 @@ def clock():
     clock = Clock()
     with (
         mock.patch("enginefsm.monitor.time", mock.Mock(wraps=time, monotonic=clock.monotonic, time=clock.time)),
-        mock.patch("enginefsm.engine.time", mock.Mock(wraps=time, monotonic=clock.monotonic, time=clock.time)),
+        mock.patch("enginefsm._engine.engine.time", mock.Mock(wraps=time, monotonic=clock.monotonic, time=clock.time)),
     ):
         yield clock
 

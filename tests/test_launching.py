@@ -9,12 +9,12 @@ import time
 
 import pytest
 import ray
-from bare_handles import bare_handle
-from engines import Engine, SlowToConstruct, wait_until
-from processes import below
 from ray.exceptions import ActorUnschedulableError, GetTimeoutError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from support.bare_handles import bare_handle
+from support.engines import Engine, SlowToConstruct, wait_until
+from support.processes import below
 
 from enginefsm import EngineMonitor, EngineState, LaunchDeadlineError, LaunchStage, Reason, RetryPolicy
 
@@ -81,7 +81,9 @@ def test_an_actor_whose_arguments_are_still_made_is_told_so(fleet, tmp_path):
 
 @pytest.mark.parametrize("policy", [RetryPolicy(launch_deadline_s=3)])
 def test_the_launch_deadline_tells_what_each_engine_still_waited_for(fleet, policy, monkeypatch):
-    monkeypatch.setattr("enginefsm.launching.ANSWER_S", 30.0)  # what the GCS has said is kept, should it be slow
+    monkeypatch.setattr(
+        "enginefsm._engine.launch_stages.ANSWER_S", 30.0
+    )  # what the GCS has said is kept, should it be slow
     rigs = [*fleet.launch_begun(SlowToConstruct, Engine), fleet.launch(**INFEASIBLE)]
     calls = [rig.engine.init.remote() for rig in rigs]
     stages = [LaunchStage.CONSTRUCTING, LaunchStage.INIT_RUNNING, LaunchStage.WAITING_FOR_RESOURCES]

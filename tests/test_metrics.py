@@ -15,14 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import ray
-from bare_handles import bare_handle
 from prometheus_client import REGISTRY, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from support.bare_handles import bare_handle
 
 import enginefsm
 from enginefsm import CallOutcome, EngineMonitor, EngineState, Outcome, Reason, Transition
-from enginefsm.engine import EngineSnapshot
-from enginefsm.metrics import FleetMetrics
+from enginefsm._engine.engine import EngineSnapshot
+from enginefsm.metrics.collector import FleetMetrics
 
 G = ("run", "model", "worker_type")
 E = (*G, "engine")

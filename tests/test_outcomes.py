@@ -12,14 +12,14 @@ from ray._raylet import ActorID
 from ray.core.generated.common_pb2 import ActorDiedErrorContext, NodeDeathInfo
 
 from enginefsm.errors import ActorRestartedError, RetryExhaustedError
-from enginefsm.outcomes import Outcome, classify, reason_for
-from enginefsm.states import EngineState, Reason
+from enginefsm.fsm.outcomes import Outcome, classify, reason_for
+from enginefsm.fsm.states import EngineState, Reason
 
 O = Outcome  # noqa: E741
 MINE, PEER = ActorID.from_random(), ActorID.from_random()
 
 # For every class of ray.exceptions, what it says when it is raised bare. A class that a new Ray adds is missing here,
-# and fails the test below by its name: decide what it says, and enter it here and in enginefsm/outcomes.py.
+# and fails the test below by its name: decide what it says, and enter it here and in enginefsm/fsm/outcomes.py.
 EXPECTED = {
     "ActorAlreadyExistsError": O.CALL_LOST,
     "ActorDiedError": O.ACTOR_DIED,

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 import ray
-from engines import wait_on_loop_until, wait_until
 from ray.exceptions import ActorUnavailableError
 from ray.util import ActorPool
+from support.engines import wait_on_loop_until, wait_until
 
 import enginefsm
-from enginefsm import EngineState, RetryPolicy, chaos
+from enginefsm import EngineState, RetryPolicy
+from enginefsm.rehearsal import chaos
 
 
 class Engine:

@@ -10,11 +10,12 @@ import time
 
 import pytest
 import ray
-from engines import Grouped, WithoutEnginefsm, wait_until
 from ray.exceptions import ActorUnavailableError, GetTimeoutError
-from stopwatch import Stopwatch
+from support.engines import Grouped, WithoutEnginefsm, wait_until
+from support.stopwatch import Stopwatch
 
-from enginefsm import EngineState, Outcome, Reason, RetryPolicy, chaos
+from enginefsm import EngineState, Outcome, Reason, RetryPolicy
+from enginefsm.rehearsal import chaos
 
 LAUNCHING, READY, UNAVAILABLE, DEAD = EngineState
 LAUNCHED = (None, LAUNCHING, Reason.LAUNCHED)

@@ -11,11 +11,12 @@ import time
 from html import unescape
 
 import pytest
-from bare_handles import bare_handle
+from support.bare_handles import bare_handle
 
-from enginefsm import CallOutcome, EngineMonitor, Outcome, Reason, cli
+from enginefsm import CallOutcome, EngineMonitor, Outcome, Reason
+from enginefsm.cli import main as cli
+from enginefsm.cli.report.axis import ticks
 from enginefsm.export import EventLog
-from enginefsm.report.axis import ticks
 
 START_S = 1763833000.0
 HOSTILE = """<script>document.title='taken'</script>"><img src=x onerror="document.title='taken'">&amp;'"""

@@ -9,13 +9,13 @@ import time
 from http.server import BaseHTTPRequestHandler
 
 import pytest
-from engines import wait_until
-from rollout_manager import start_router
-from servers import serving
-from slime_engines import ask
+from support.engines import wait_until
+from support.rollout_manager import start_router
+from support.servers import serving
+from support.slime_engines import ask
 
-from enginefsm.router import RouterError, remove_worker
-from enginefsm.standin import StandInEngine
+from enginefsm.embed.router import RouterError, remove_worker
+from enginefsm.rehearsal.standin import StandInEngine
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from engines import Engine
+from support.engines import Engine
 
 from enginefsm import RetryPolicy
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from standin_fleet import every_metric
+from support.standin_fleet import every_metric
 
 DASHBOARDS = Path(__file__).parents[1] / "dashboards"
 RULES = DASHBOARDS / "rules" / "enginefsm.rules.yml"

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from engines import wait_until
-from processes import below, freeze, is_gone
+from support.engines import wait_until
+from support.processes import below, freeze, is_gone
 
-from enginefsm.server import ServerRequestError, ServerStartError
-from enginefsm.standin import StandInEngine
+from enginefsm.rehearsal.server import ServerRequestError, ServerStartError
+from enginefsm.rehearsal.standin import StandInEngine
 
 MakeEngine = Callable[..., StandInEngine]
 
@@ -521,7 +521,7 @@ def test_a_keeper_that_is_killed_while_the_server_starts_is_named(make_engine: M
 
 def test_an_owner_that_exits_by_itself_takes_the_server_along(tmp_path: Path) -> None:
     script = f"""
-        from enginefsm.standin import StandInEngine
+        from enginefsm.rehearsal.standin import StandInEngine
         import psutil
         StandInEngine(import_s=0, load_s=0, log_dir={str(tmp_path)!r}).init()
         print(*[process.pid for process in psutil.Process().children(recursive=True)])

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from enginefsm.serving import Address, SecondOpinion, Server, ask
+from enginefsm.health.server_check import Address, SecondOpinion, Server, ask
 
 
 def opinion(answer, path="", timeout_s=5.0):
@@ -117,7 +117,7 @@ def test_what_was_asked_before_a_pause_says_nothing_after_it(monkeypatch):
             await answered.wait()
             return Server.UNWELL
 
-        monkeypatch.setattr("enginefsm.serving.ask", slow)
+        monkeypatch.setattr("enginefsm.health.server_check.ask", slow)
         monkeypatch.setattr(SecondOpinion, "_learn_address", lambda opinion, engine: None)
         opinion = SecondOpinion(lambda: None, "get_url", 30, asked.set)
         opinion._address = Address("http://127.0.0.1:1")

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from engines import wait_until
-from processes import is_gone
+from support.engines import wait_until
+from support.processes import is_gone
 
-from enginefsm.server import ServerRequestError, ServerStartError
-from enginefsm.sglang import CPU_ENV, SGLangEngine, cpu_server_args
+from enginefsm.rehearsal.server import ServerRequestError, ServerStartError
+from enginefsm.rehearsal.sglang import CPU_ENV, SGLangEngine, cpu_server_args
 
 pytestmark = pytest.mark.usefixtures("nothing_else_below_this_process")
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("nothing_else_below_this_process")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("model")
-    subprocess.run([sys.executable, "-m", "enginefsm.tiny_model", str(directory)], check=True, timeout=120)
+    subprocess.run([sys.executable, "-m", "enginefsm.rehearsal.tiny_model", str(directory)], check=True, timeout=120)
     return directory
 
 
@@ -47,7 +47,7 @@ def test_a_real_server_comes_up_gives_tokens_and_is_gone_after_shutdown(model: P
 @pytest.mark.timeout(300)
 def test_a_server_killed_with_its_owner_while_it_loads_leaves_no_process(model: Path, tmp_path: Path) -> None:
     script = f"""
-        from enginefsm.sglang import CPU_ENV, SGLangEngine, cpu_server_args
+        from enginefsm.rehearsal.sglang import CPU_ENV, SGLangEngine, cpu_server_args
         SGLangEngine(cpu_server_args({str(model)!r}), env=CPU_ENV, log_dir={str(tmp_path)!r}).init()
     """
     with subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)]) as owner:
@@ -80,7 +80,9 @@ def test_a_missing_sglang_is_named_with_the_way_to_install_it(monkeypatch: pytes
 
 
 def test_the_engine_class_is_importable_without_sglang() -> None:
-    script = "import sys; sys.modules.update(sglang=None, torch=None, transformers=None); import enginefsm.sglang"
+    script = (
+        "import sys; sys.modules.update(sglang=None, torch=None, transformers=None); import enginefsm.rehearsal.sglang"
+    )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 

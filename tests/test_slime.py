@@ -5,10 +5,11 @@ from __future__ import annotations
 import psutil
 import pytest
 import ray
-from engines import wait_until
-from rollouts import Rollout
+from support.engines import wait_until
+from support.rollouts import Rollout
 
-from enginefsm import EngineState, chaos
+from enginefsm import EngineState
+from enginefsm.rehearsal import chaos
 
 QUICK = {"import_s": 0.0, "load_s": 0.0}
 

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import ray
-from engines import kill
+from support.engines import kill
 
 import enginefsm
-from enginefsm import EngineState, Reason, slime
+from enginefsm import EngineState, Reason
+from enginefsm.embed import slime
 
 
 class Plain:
@@ -138,7 +139,7 @@ def test_a_health_monitor_is_driven_as_slimes_is(group, monitor):
     health.resume()
     health.stop()
     assert not health.is_checking_enabled()
-    with pytest.raises(TypeError, match=r"all_engines\[0\] is not adopted: call enginefsm.slime.adopt_group"):
+    with pytest.raises(TypeError, match=r"all_engines\[0\] is not adopted: call enginefsm.embed.slime.adopt_group"):
         health.start()
     slime.adopt_group(group, monitor=monitor)
     assert health.start()

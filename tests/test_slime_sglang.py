@@ -5,12 +5,12 @@ from __future__ import annotations
 import psutil
 import pytest
 import ray
-from engines import wait_until
-from rollouts import Rollout
+from support.engines import wait_until
+from support.rollouts import Rollout
 
-from enginefsm import chaos
-from enginefsm.sglang import CPU_ENV, cpu_server_args
-from enginefsm.tiny_model import make_tiny_model
+from enginefsm.rehearsal import chaos
+from enginefsm.rehearsal.sglang import CPU_ENV, cpu_server_args
+from enginefsm.rehearsal.tiny_model import make_tiny_model
 
 
 @pytest.mark.timeout(900)

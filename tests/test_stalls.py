@@ -7,7 +7,7 @@ import time
 
 import pytest
 import uvloop
-from stalls import ENGINES, FrozenHub, given_up, measured, recovered
+from support.stalls import ENGINES, FrozenHub, given_up, measured, recovered
 
 import enginefsm
 from enginefsm import EngineState, RetryExhaustedError, RetryPolicy

@@ -11,16 +11,16 @@ import time
 from pathlib import Path
 
 import pytest
-from bare_handles import bare_handle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from support.bare_handles import bare_handle
 from transitions import Machine
 
 from enginefsm import EngineMonitor, Transition
-from enginefsm.engine import MonitoredEngine
-from enginefsm.outcomes import Outcome
-from enginefsm.states import EngineRecord, EngineState, Reason, diagram
+from enginefsm._engine.engine import MonitoredEngine
+from enginefsm.fsm.outcomes import Outcome
+from enginefsm.fsm.states import EngineRecord, EngineState, Reason, diagram
 
 LAUNCHING, READY, UNAVAILABLE, DEAD = EngineState
 

@@ -18,16 +18,17 @@ from pathlib import Path
 
 import pytest
 import ray
-from engines import Engine, wait_until
 from ray.exceptions import ActorDiedError
-from servers import serving
+from support.engines import Engine, wait_until
+from support.servers import serving
 
 import enginefsm
-from enginefsm import EngineMonitor, cli
+from enginefsm import EngineMonitor
+from enginefsm.cli import main as cli
+from enginefsm.cli.status import HubReader, NothingToSeeError
+from enginefsm.cli.status.words import changes, lines
+from enginefsm.cli.times import duration
 from enginefsm.export import Hub, HubSettings, hub
-from enginefsm.status import HubReader, NothingToSeeError
-from enginefsm.status.words import changes, lines
-from enginefsm.times import duration
 
 HERE = Path(__file__).parent
 COMMAND = [sys.executable, "-m", "enginefsm.cli"]

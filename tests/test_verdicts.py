@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from enginefsm.states import Reason
-from enginefsm.verdicts import CAP_WINDOW_S, Decision, FailureCount, VerdictLimits
+from enginefsm.fsm.states import Reason
+from enginefsm.fsm.verdicts import CAP_WINDOW_S, Decision, FailureCount, VerdictLimits
 
 TIMEOUT, FAILED, UNAVAILABLE = Reason.PROBE_TIMEOUT, Reason.PROBE_FAILED, Reason.ACTOR_UNAVAILABLE
 

@@ -55,9 +55,17 @@ from prometheus_client import generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from enginefsm.engine import EngineSnapshot
-from enginefsm.metrics import GROUP, PER_ENGINE, WITH_REASON, bringup_gauges, held_gauge, monitor_gauges, phase
-from enginefsm.states import GIVEN_UP, EngineState
+from enginefsm._engine.engine import EngineSnapshot
+from enginefsm.fsm.states import GIVEN_UP, EngineState
+from enginefsm.metrics.collector import (
+    GROUP,
+    PER_ENGINE,
+    WITH_REASON,
+    bringup_gauges,
+    held_gauge,
+    monitor_gauges,
+    phase,
+)
 
 PROTOCOL = 1
 SILENT_S = 15.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enginefsm.export.outbox import Batch, Fleet
-from enginefsm.metrics import MetricsServer
+from enginefsm.metrics.collector import MetricsServer
 
 
 class Http:

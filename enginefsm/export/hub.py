@@ -37,13 +37,14 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from enginefsm import _ends, _ray_handles
+from enginefsm._engine.launch_stages import EVERY_S
+from enginefsm._ray import ends as _ends
+from enginefsm._ray import handles as _ray_handles
 from enginefsm.export._files import write_atomically
 from enginefsm.export.fleet import PROTOCOL, Answer, FleetTable, Report, counts, row
 from enginefsm.export.outbox import Batch, Fleet, NotYetError
-from enginefsm.launching import EVERY_S
-from enginefsm.metrics import versions
-from enginefsm.states import LaunchStage
+from enginefsm.fsm.states import LaunchStage
+from enginefsm.metrics.collector import versions
 
 logger = logging.getLogger("enginefsm.export")
 

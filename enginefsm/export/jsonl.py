@@ -35,9 +35,9 @@ from typing import Any
 
 from enginefsm.events import CallOutcome
 from enginefsm.export.outbox import Batch, Fleet, is_terminal
-from enginefsm.metrics import versions
-from enginefsm.outcomes import Outcome
-from enginefsm.states import Transition
+from enginefsm.fsm.outcomes import Outcome
+from enginefsm.fsm.states import Transition
+from enginefsm.metrics.collector import versions
 
 FORMAT = 1
 

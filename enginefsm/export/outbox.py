@@ -16,11 +16,11 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
-from enginefsm.engine import MonitoredEngine
+from enginefsm._engine.engine import MonitoredEngine
+from enginefsm._engine.launch_stages import LaunchStages
 from enginefsm.events import Event
-from enginefsm.launching import LaunchStages
-from enginefsm.metrics import FleetMetrics
-from enginefsm.states import EngineState, Reason, Transition
+from enginefsm.fsm.states import EngineState, Reason, Transition
+from enginefsm.metrics.collector import FleetMetrics
 
 logger = logging.getLogger("enginefsm.export")
 

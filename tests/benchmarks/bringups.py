@@ -16,10 +16,11 @@ from pathlib import Path
 import ray
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from clusters import local_ray
+from support.clusters import local_ray
 
 import enginefsm
-from enginefsm import EngineState, chaos
+from enginefsm import EngineState
+from enginefsm.rehearsal import chaos
 
 
 class Engine:

@@ -20,14 +20,14 @@ from pathlib import Path
 import ray
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bare_handles import bare_handle
 from conftest import local_ray
-from engines import Engine, wait_until
+from support.bare_handles import bare_handle
+from support.engines import Engine, wait_until
 
 import enginefsm
 from enginefsm import EngineMonitor
 from enginefsm.export import EventLog, Hub, HubSettings, PushGateway, Textfile, read_fleet
-from enginefsm.states import Reason
+from enginefsm.fsm.states import Reason
 
 ROUNDS = 1000
 ROUTE = (Reason.ACTOR_UNAVAILABLE, Reason.ACTOR_REACHABLE)

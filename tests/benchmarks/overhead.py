@@ -20,12 +20,12 @@ import ray
 from ray.exceptions import ActorDiedError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from clusters import local_ray
+from support.clusters import local_ray
 
 import enginefsm
 from enginefsm import Outcome
-from enginefsm.engine import MonitoredEngine
-from enginefsm.states import EngineRecord, Reason
+from enginefsm._engine.engine import MonitoredEngine
+from enginefsm.fsm.states import EngineRecord, Reason
 
 BRINGUP = 64
 CALLS = 2000

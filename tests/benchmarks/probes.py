@@ -22,8 +22,8 @@ import psutil
 import ray
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from clusters import local_ray
-from servers import answers, free_port
+from support.clusters import local_ray
+from support.servers import answers, free_port
 
 import enginefsm
 

@@ -23,12 +23,12 @@ import psutil
 import ray
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from clusters import local_ray
-from stalls import ENGINES, FrozenHub, given_up, measured, recovered
+from support.clusters import local_ray
+from support.stalls import ENGINES, FrozenHub, given_up, measured, recovered
 
 import enginefsm
-from enginefsm import chaos
 from enginefsm.export.hub import NAME, NAMESPACE, Hub, HubSettings
+from enginefsm.rehearsal import chaos
 
 BOUND_S = 0.020
 RAYS = (

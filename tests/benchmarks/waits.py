@@ -14,10 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import ray
-from clusters import local_ray
-from rollouts import Rollout
+from support.clusters import local_ray
+from support.rollouts import Rollout
 
-from enginefsm import chaos
+from enginefsm.rehearsal import chaos
 
 QUICK = {"import_s": 0.0, "load_s": 0.0}
 FREEZE_S = 1.5

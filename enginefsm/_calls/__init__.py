@@ -1,0 +1,1 @@
+"""Calls that an actor runs once, however often they are submitted."""

@@ -1,0 +1,1 @@
+"""An engine: what users hold, and its record."""

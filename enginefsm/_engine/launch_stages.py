@@ -1,0 +1,72 @@
+"""How far the actors of launching engines are, as Ray tells it: what a launch that takes long is waiting for.
+
+It is told to people, and moves nothing. Ray is asked in a thread of its own, about all launching engines at once: the
+GCS may be frozen or gone, and neither a caller nor its event loop is to wait for that.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+from enginefsm._engine.engine import MonitoredEngine
+from enginefsm._ray import ends as _ends
+from enginefsm._ray import handles as _ray_handles
+from enginefsm.fsm.states import EngineState, LaunchStage
+
+EVERY_S = 5.0
+"""How often Ray is asked for the exporters; for a message, if the last answer is older than `FRESH_S`."""
+FRESH_S = 1.0
+ANSWER_S = 1.0
+"""How long Ray may take to answer. One that did not is asked again after `EVERY_S`, whoever asks."""
+
+
+class LaunchStages:
+    """Tells the launching engines among `engines()` what stage they have reached. Thread-safe."""
+
+    def __init__(self, engines: Callable[[], Iterable[MonitoredEngine]]) -> None:
+        self._engines = engines
+        self._lock = threading.Lock()  # around all of the below
+        self._asking: threading.Thread | None = None
+        self._asked_at = -math.inf
+        self._answered = True
+
+    def look(self, wait_s: float, *, fresh_s: float = FRESH_S) -> None:
+        """Ask Ray, unless it was asked within `fresh_s`, and wait for its answer, `wait_s` at most (0: not at all)."""
+        with self._lock:
+            asking = self._asking
+            if asking is None or not asking.is_alive():
+                now = time.monotonic()
+                if now - self._asked_at < (fresh_s if self._answered else EVERY_S):
+                    return
+                launching = [engine for engine in self._engines() if engine.state is EngineState.LAUNCHING]
+                if not launching:
+                    return
+                asking = threading.Thread(target=self._ask, args=(launching,), name="enginefsm-stages", daemon=True)
+                try:
+                    asking.start()
+                except RuntimeError:  # the interpreter ends, or there are too many threads: then nobody is told
+                    return
+                self._asking, self._asked_at = asking, now
+        asking.join(wait_s)
+
+    def _ask(self, launching: list[MonitoredEngine]) -> None:
+        with _ends.calling_ray():
+            creations = _ray_handles.creations([engine.handle for engine in launching], ANSWER_S)
+        self._answered = creations is not None
+        for engine in launching:
+            creation = None if creations is None else creations.get(engine.actor_id)
+            engine.reached(None if creation is None else _stage(engine, *creation))
+
+
+def _stage(engine: MonitoredEngine, state: str, has_worker: bool) -> LaunchStage | None:
+    match state:
+        case "DEPENDENCIES_UNREADY":
+            return LaunchStage.WAITING_FOR_ARGUMENTS
+        case "PENDING_CREATION":
+            return LaunchStage.CONSTRUCTING if has_worker else LaunchStage.WAITING_FOR_RESOURCES
+        case "ALIVE":
+            return LaunchStage.INIT_RUNNING if engine.launch_is_out else LaunchStage.CONSTRUCTED
+    return None

@@ -1,0 +1,1 @@
+"""The wait for calls, for threads and for event loops."""

@@ -1,0 +1,197 @@
+"""The wait of a task on an event loop, which goes on meanwhile: behind `EngineMonitor.gather` and `await call`.
+
+The loop is never made to stand still: outcomes come from Ray's own threads, what may take long is done in lanes, and
+what has to be done on the loop is done in pieces, a few milliseconds of them in one turn of the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import functools
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from ray import ObjectRef
+
+from enginefsm._calls.calls import Awaited
+from enginefsm._wait.arrivals import forget, tell
+from enginefsm._wait.lane import Lane
+from enginefsm._wait.threads import complete, together_s
+from enginefsm._wait.wait import Wait
+
+TURN_S = 0.003
+"""How much of one turn of a loop all waits on it use together."""
+QUEUED_A_TURN = 8
+"""How many of the pieces that had to wait for a turn are done in one."""
+TOGETHER_FROM = 100
+LOOK_S = 5.0
+"""How long a wait goes on before it looks whether Ray was shut down, of which nobody is told."""
+
+
+class Pace:
+    """Spreads pieces of work over the turns of one event loop."""
+
+    def __init__(self) -> None:
+        self._began: float | None = None  # in this turn, on the monotonic clock
+        self._queue: collections.deque[asyncio.Future[None]] = collections.deque()
+
+    async def __call__(self) -> None:
+        """Wait, if this turn's time is used up, for another turn."""
+        now = time.monotonic()
+        loop = asyncio.get_running_loop()
+        if self._began is None:
+            self._began = now
+            loop.call_soon(self._next_turn)
+        if not self._queue and now - self._began < TURN_S:
+            return
+        turn = loop.create_future()
+        self._queue.append(turn)
+        await turn
+
+    def _next_turn(self) -> None:
+        self._began = None
+        admitted = 0
+        while self._queue and admitted < QUEUED_A_TURN:
+            turn = self._queue.popleft()
+            if not turn.done():  # else its task was cancelled
+                turn.set_result(None)
+                admitted += 1
+        if self._queue:
+            self._began = time.monotonic()
+            asyncio.get_running_loop().call_soon(self._next_turn)
+
+
+_paces: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Pace] = weakref.WeakKeyDictionary()
+
+
+def pace() -> Pace:
+    """That of the running loop."""
+    loop = asyncio.get_running_loop()
+    known = _paces.get(loop)
+    if known is None:
+        known = _paces.setdefault(loop, Pace())
+    return known
+
+
+class _Inbox:
+    """What Ray's threads have for one task, and what wakes the task."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._outcomes: collections.deque[tuple[ObjectRef[Any], Any]] = collections.deque()
+        self._again: collections.deque[ObjectRef[Any]] = collections.deque()
+        self._is_waking = False
+        self._was_woken = False
+        self._sleeper: asyncio.Future[None] | None = None
+
+    def came(self, ref: ObjectRef[Any], outcome: Any) -> None:
+        self._outcomes.append((ref, outcome))
+        self.wake()
+
+    def look_again(self, ref: ObjectRef[Any]) -> None:
+        self._again.append(ref)
+        self.wake()
+
+    def wake(self) -> None:
+        """Wake the task, from any thread."""
+        if not self._is_waking:
+            self._is_waking = True
+            with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits any more
+                self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        self._is_waking = False
+        self._was_woken = True
+        if self._sleeper is not None and not self._sleeper.done():
+            self._sleeper.set_result(None)
+
+    async def sleep(self, until: float) -> None:
+        """Until somebody wakes the task, or that time comes (monotonic)."""
+        if not self._was_woken:
+            self._sleeper = self._loop.create_future()
+            pause_s = until - time.monotonic()
+            timer = self._loop.call_later(max(0.0, pause_s), self._wake) if pause_s < float("inf") else None
+            try:
+                await self._sleeper
+            finally:
+                self._sleeper = None
+                if timer is not None:
+                    timer.cancel()
+        self._was_woken = False
+
+    def outcomes(self) -> list[tuple[ObjectRef[Any], Any]]:
+        """What has come since."""
+        return [self._outcomes.popleft() for _ in range(len(self._outcomes))]
+
+    def again(self) -> list[ObjectRef[Any]]:
+        """Which references are to be looked at again."""
+        return [self._again.popleft() for _ in range(len(self._again))]
+
+
+async def wait_on_loop(
+    wait: Wait, awaited: Iterable[Awaited], timeout_s: float | None, deliver: Callable[[], None], lane: Lane
+) -> dict[Awaited, Any]:
+    """Wait for all of `awaited`, and give their values.
+
+    Calls `deliver`, which is to take no time, whenever engines may have moved and the wait goes on; what takes time is
+    done in `lane`.
+    """
+    inbox, turn = _Inbox(), pace()
+    wait.expect = lambda ref: tell(inbox, ref)
+    give_up_at = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+    try:
+        for one in awaited:
+            await turn()
+            wait.take_up(one)
+            one.engine.when_given_up(inbox.wake)
+        while wait.open:
+            failure = wait.session_ended() or wait.given_up()
+            if failure is None:
+                if wait.resubmission_due():
+                    await lane.run(wait.resubmit_due)
+                await inbox.sleep(min(wait.wake_at(), give_up_at, time.monotonic() + LOOK_S))
+                failure = await _take_all(wait, inbox, turn)
+            is_over = time.monotonic() >= give_up_at
+            if failure is None and wait.open and (is_over or wait.is_late()):  # Ray's threads may not have come yet
+                failure = await _take(wait, await lane.run(functools.partial(complete, wait)), turn)
+            if failure is None and wait.is_late():
+                failure = await lane.run(wait.launch_deadline)
+            if failure is None and wait.open:
+                deliver()
+            if failure is None and wait.open and is_over:
+                assert timeout_s is not None
+                failure = await lane.run(functools.partial(wait.timed_out, timeout_s))
+            if failure is not None:
+                try:
+                    raise failure
+                finally:
+                    failure = None  # else the exception, by its traceback, keeps all of this alive
+        return wait.values
+    finally:
+        wait.leave()
+        for engine in wait.engines:
+            engine.forget_waker(inbox.wake)
+        for ref in list(wait.watched):  # the lane may be submitting again still
+            forget(inbox, ref)
+
+
+async def _take_all(wait: Wait, inbox: _Inbox, turn: Pace) -> Exception | None:
+    if len(wait.watched) > TOGETHER_FROM:  # what comes in soon after one another is looked at together
+        await asyncio.sleep(together_s(len(wait.watched)))
+    for ref in inbox.again():
+        await turn()
+        tell(inbox, ref)
+    return await _take(wait, inbox.outcomes(), turn)
+
+
+async def _take(wait: Wait, outcomes: list[tuple[ObjectRef[Any], Any]] | None, turn: Pace) -> Exception | None:
+    failure: Exception | None = None
+    for ref, outcome in outcomes or ():
+        await turn()
+        found = wait.take(ref, outcome)
+        failure = found if failure is None else failure
+    return failure

@@ -1,0 +1,105 @@
+"""Events on their way to listeners: queued by whoever moves an engine, handed over outside every lock, in order."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+from enginefsm._wait.lane import Lane
+from enginefsm.events import Event, Listener
+from enginefsm.export.outbox import FLUSH_S
+
+logger = logging.getLogger("enginefsm")
+
+
+class Delivery:
+    """Calls listeners, one event at a time. Thread-safe.
+
+    Args:
+        listeners: In the order in which they are called.
+        failed: Told of each listener that raised.
+    """
+
+    def __init__(self, listeners: Iterable[Listener], failed: Callable[[Listener], None]) -> None:
+        self.listeners = list(listeners)
+        """Those that are called; more may be appended, and some removed, at any time."""
+        self._failed = failed
+        self._events: collections.deque[Event] = collections.deque()
+        self._deliverer: dict[str, int] = {}  # the thread that calls listeners, if one does
+        self._is_delivering = False
+        self._hearing: list[Listener] = []  # the listeners of the event that is being delivered
+        self._heard = 0  # how many of them have heard it
+        self._delivered = threading.Condition()
+        self._lane = Lane("listeners")
+
+    def put(self, event: Event) -> None:
+        """Queue an event. Takes no lock, so that an engine's lock may be held."""
+        self._events.append(event)
+
+    def deliver(self, patience_s: float = 0.0) -> None:
+        """Hand the events to the listeners; if another thread is at it, leave them to it, or wait for it so long."""
+        me, until = threading.get_ident(), time.monotonic() + patience_s
+        while self._events:
+            # Atomic, and safe against an interrupt at any point: what this thread has claimed, it may claim again.
+            if self._deliverer.setdefault("thread", me) == me:
+                if self._is_delivering:
+                    return  # a listener has moved an engine: its event comes when the present one is delivered
+                try:
+                    self._is_delivering = True
+                    self._deliver_all()
+                finally:
+                    self._is_delivering = False
+                    self._deliverer.pop("thread", None)
+                    with self._delivered:
+                        self._delivered.notify_all()
+            else:
+                with self._delivered:
+                    if not self._delivered.wait_for(self._may_deliver, until - time.monotonic()):
+                        return
+
+    def deliver_aside(self) -> None:
+        """Have another thread than this one hand the events to the listeners."""
+        if self._events:
+            self._lane.ask(self._deliver_patiently)
+
+    def deliver_here_or_aside(self) -> None:
+        """Hand the events to the listeners; if this is an event loop's thread, have another do so in the next turn."""
+        loop = asyncio._get_running_loop()
+        if loop is None:
+            self.deliver()
+        else:
+            loop.call_soon(self.deliver_aside)
+
+    async def delivered(self) -> None:
+        """Wait, on an event loop, until the listeners have heard of everything, `FLUSH_S` at most."""
+        if self._events:
+            await self._lane.run(self._deliver_patiently, FLUSH_S)
+
+    def _deliver_patiently(self) -> None:
+        self.deliver(FLUSH_S)
+
+    def _may_deliver(self) -> bool:
+        return not self._events or "thread" not in self._deliverer
+
+    def _deliver_all(self) -> None:
+        # An interrupt in a listener loses no event to the next one: the count of those that have heard it is kept.
+        while self._events:
+            if self._heard == 0:
+                self._hearing = list(self.listeners)
+            if self._heard < len(self._hearing):
+                self._heard += 1
+                self._call(self._hearing[self._heard - 1], self._events[0])
+            else:
+                self._heard = 0
+                self._events.popleft()
+
+    def _call(self, listener: Listener, event: Event) -> None:
+        try:
+            listener(event)
+        except Exception:  # a listener is not ours, and must not end a bringup
+            logger.exception("listener %r failed on an event of engine %s", listener, event.engine)
+            self._failed(listener)

@@ -1,0 +1,124 @@
+"""What an exception says of the engine that was asked, and where that moves the engine.
+
+Pure: it knows Ray's exception classes, and nothing of clusters, threads or Prometheus.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from ray import exceptions as rx
+
+from enginefsm.fsm.states import EngineState, Reason
+
+
+class Outcome(StrEnum):
+    """What came of one submission of a call to an engine."""
+
+    SUCCEEDED = "succeeded"
+    METHOD_FAILED = "method_failed"
+    """The engine answered: its method raised, for whatever reason, a dead peer's included."""
+    ACTOR_UNAVAILABLE = "actor_unavailable"
+    """The connection broke; the method may be running, may have ended, or may never have begun."""
+    ACTOR_DIED = "actor_died"
+    CONSTRUCTOR_FAILED = "constructor_failed"
+    PREEMPTED = "preempted"
+    OUT_OF_MEMORY = "out_of_memory"
+    UNSCHEDULABLE = "unschedulable"
+    RUNTIME_ENV_FAILED = "runtime_env_failed"
+    CALL_LOST = "call_lost"
+    """The call or its result was lost, cancelled or refused on the way. It says nothing of the engine."""
+
+
+# For each exception that is not of an actor and not an engine's answer: what it says. Looked up along the class's
+# bases, so that the nearest entry counts. A class that Ray adds is reported by the test that walks ray.exceptions.
+_PLAIN: dict[type[BaseException], Outcome] = {
+    rx.OutOfMemoryError: Outcome.OUT_OF_MEMORY,
+    rx.ActorUnschedulableError: Outcome.UNSCHEDULABLE,
+    rx.ActorPlacementGroupRemoved: Outcome.UNSCHEDULABLE,
+    rx.RuntimeEnvSetupError: Outcome.RUNTIME_ENV_FAILED,
+    # The process or the node under the engine is gone.
+    rx.WorkerCrashedError: Outcome.ACTOR_DIED,
+    rx.NodeDiedError: Outcome.ACTOR_DIED,
+    rx.AsyncioActorExit: Outcome.ACTOR_DIED,
+    # The engine answered, and the answer is an error.
+    rx.RayTaskError: Outcome.METHOD_FAILED,
+    rx.UserCodeException: Outcome.METHOD_FAILED,
+    rx.CrossLanguageError: Outcome.METHOD_FAILED,
+    rx.UnserializableException: Outcome.METHOD_FAILED,
+    # Ray lost, cancelled or refused something between the caller and the engine, or on the caller's own node.
+    rx.TaskCancelledError: Outcome.CALL_LOST,
+    rx.GetTimeoutError: Outcome.CALL_LOST,  # the caller's own: it stopped waiting
+    rx.LocalRayletDiedError: Outcome.CALL_LOST,
+    rx.RaySystemError: Outcome.CALL_LOST,
+    rx.AuthenticationError: Outcome.CALL_LOST,
+    rx.ObjectStoreFullError: Outcome.CALL_LOST,
+    rx.OutOfDiskError: Outcome.CALL_LOST,
+    rx.ObjectLostError: Outcome.CALL_LOST,
+    rx.RpcError: Outcome.CALL_LOST,
+    rx.PlasmaObjectNotAvailable: Outcome.CALL_LOST,
+    rx.TaskPlacementGroupRemoved: Outcome.CALL_LOST,
+    rx.PendingCallsLimitExceeded: Outcome.CALL_LOST,
+    rx.TaskUnschedulableError: Outcome.CALL_LOST,
+    rx.ObjectRefStreamEndOfStreamError: Outcome.CALL_LOST,
+    rx.OufOfBandObjectRefSerializationException: Outcome.CALL_LOST,
+    rx.ActorAlreadyExistsError: Outcome.CALL_LOST,
+    rx.ActorHandleNotFoundError: Outcome.CALL_LOST,
+    rx.RayError: Outcome.CALL_LOST,
+}
+
+# Where an outcome that ends an engine moves it.
+FATAL: dict[Outcome, Reason] = {
+    Outcome.ACTOR_DIED: Reason.ACTOR_DIED,
+    Outcome.CONSTRUCTOR_FAILED: Reason.CONSTRUCTOR_FAILED,
+    Outcome.PREEMPTED: Reason.PREEMPTED,
+    Outcome.OUT_OF_MEMORY: Reason.OUT_OF_MEMORY,
+    Outcome.UNSCHEDULABLE: Reason.UNSCHEDULABLE,
+    Outcome.RUNTIME_ENV_FAILED: Reason.RUNTIME_ENV_FAILED,
+}
+
+
+def classify(exception: Exception, actor_id: str) -> Outcome:
+    """What `exception`, which `ray.get` raised of a call to the actor `actor_id` (hex), says of that actor.
+
+    A `RayTaskError` comes first, whatever it also is: it is the engine's own answer, and an `ActorDiedError` inside
+    it is of a peer that the engine talked to. A bare actor error counts only if it is of this actor; one that names
+    no actor is Ray's verdict on the call itself, and is believed.
+    """
+    if isinstance(exception, rx.RayTaskError):
+        return Outcome.METHOD_FAILED
+    if isinstance(exception, rx.RayActorError):
+        if exception.actor_id is not None and exception.actor_id != actor_id:
+            return Outcome.METHOD_FAILED
+        if isinstance(exception, rx.ActorUnavailableError):
+            return Outcome.ACTOR_UNAVAILABLE
+        if exception.actor_init_failed:
+            return Outcome.CONSTRUCTOR_FAILED
+        if exception.preempted:
+            return Outcome.PREEMPTED
+        return Outcome.ACTOR_DIED
+    for base in type(exception).__mro__:
+        if base in _PLAIN:
+            return _PLAIN[base]
+    # Not Ray's: an exception that a value raises while it is being deserialized here. The method had ended.
+    return Outcome.METHOD_FAILED
+
+
+def reason_for(outcome: Outcome, *, state: EngineState, launches: bool, launched: bool) -> Reason | None:
+    """Why an engine in `state` moves upon `outcome`, or None when it does not.
+
+    `launches` says whether the call was of the launch method, `launched` whether one has succeeded already.
+    """
+    if outcome in FATAL:
+        return FATAL[outcome]
+    match outcome:
+        case Outcome.ACTOR_UNAVAILABLE:
+            return Reason.ACTOR_UNAVAILABLE
+        case Outcome.METHOD_FAILED if launches and not launched:
+            return Reason.INIT_FAILED
+        case Outcome.SUCCEEDED if launches and state == EngineState.LAUNCHING:
+            return Reason.INIT_SUCCEEDED
+        case Outcome.SUCCEEDED | Outcome.METHOD_FAILED if state == EngineState.UNAVAILABLE:
+            # Any answer shows that the engine can be reached.
+            return Reason.RECOVERED if launches or launched else Reason.ACTOR_REACHABLE
+    return None

@@ -1,0 +1,1 @@
+"""The watch over engines at work: health checks, and the verdicts that follow from them."""

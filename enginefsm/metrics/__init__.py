@@ -1,0 +1,1 @@
+"""The collector of Prometheus metrics, and its counters."""

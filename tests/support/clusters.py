@@ -1,0 +1,51 @@
+"""Ray clusters of one node, on loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from unittest import mock
+
+import ray
+
+
+def _start():
+    for tries_left in (1, 0):
+        try:
+            ray.init(
+                address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+                _node_ip_address="127.0.0.1",
+            )  # fmt: skip
+        except Exception:  # Ray gives its processes 30 s, and says that it has in several ways
+            ray.shutdown()
+            if not tries_left:
+                raise
+        else:
+            return
+
+
+@contextlib.contextmanager
+def local_ray(**settings):
+    """A Ray cluster of one node, with `settings` in its processes' environment."""
+    environment = {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # Ray on Linux takes 127.0.0.1 for the host's own address; with this, and the patch below, it stays on loopback.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "PYTHONPATH": str(Path(__file__).parents[1]),  # the workers import the tests' engines
+        **settings,
+    }
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    try:
+        with mock.patch("ray._private.ray_constants.ENABLE_RAY_CLUSTER", new=False):
+            _start()
+            yield
+    finally:
+        ray.shutdown()
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
