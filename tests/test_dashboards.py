@@ -395,7 +395,7 @@ def test_the_alert_on_a_dead_engine_says_why_it_died(fleet):
 
     def told():
         return {
-            one["labels"]["engine"]: re.findall("The reason: ([a-z_]+)\\.", one["annotations"]["description"])
+            one["labels"]["engine"]: re.findall("The reason is ([a-z_]+)\\.", one["annotations"]["description"])
             for one in fleet.server.api("alerts")["alerts"]
             if one["labels"]["alertname"] == "EnginefsmEngineDead"
         }
