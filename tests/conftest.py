@@ -28,6 +28,12 @@ RAY_TELLS_WITHIN_S = 5.0  # of a connection that broke: a second, and a busy mac
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "clusters" in item.fixturenames:
+            item.add_marker(pytest.mark.ray)
+
+
 class Clusters:
     """At most one cluster at a time, kept while tests ask for the same settings."""
 
