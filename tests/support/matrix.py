@@ -26,6 +26,9 @@ ROOT = Path(__file__).parents[2]
 HOME = Path(os.environ["MATRIX"])
 UV = HOME / "uv" / "bin" / "uv"
 
+CHECKERS = HOME / "checkers" / "bin"
+TYPED_USER = ROOT / "tests" / "support" / "typed_user.py"
+
 CI_ROWS = [
     "2.47.1",
     "2.55.1",
@@ -129,6 +132,16 @@ def build_wheel() -> Path:
     return wheel
 
 
+def install_type_checkers() -> None:
+    """Install mypy and pyright in an environment of their own; they read each row's."""
+    if not (CHECKERS / "pyright").exists():
+        subprocess.run([UV, "venv", "--quiet", "--clear", "--python", sys.executable, CHECKERS.parent], check=True)
+        packages = ["mypy", "pyright[nodejs]"]  # the extra brings node, which a machine need not have
+        subprocess.run(
+            [UV, "pip", "install", "--quiet", "--python", CHECKERS / "python", *packages], check=True
+        )  # fmt: skip
+
+
 class Run:
     """The steps of one row, each with its output in the row's log."""
 
@@ -158,6 +171,10 @@ class Run:
             raise StepFailedError(f"Ray is {before} before enginefsm is installed")
         self.python("pip install", "-m", "pip", "install", "--quiet", self.wheel)
         self.assert_ray_is(before)
+        self.uv_pip("demo requirements", f"enginefsm[demo] @ {self.wheel.as_uri()}")
+        self.step("demo", row.python_path.with_name("enginefsm"), "demo", "--engines", "2")
+        self.step("mypy", CHECKERS / "mypy", "--strict", "--python-executable", row.python_path, TYPED_USER)
+        self.step("pyright", CHECKERS / "pyright", "--pythonpath", row.python_path, TYPED_USER)
         if "install" in row.marks:
             return
         self.uv_pip("test requirements", f"enginefsm[test] @ {self.wheel.as_uri()}")
@@ -261,6 +278,7 @@ def main() -> int:
     rows = chosen.rows or [Row.parse(text) for text in CI_ROWS]
     started = time.monotonic()
     wheel = build_wheel()
+    install_type_checkers()
     for row in rows:
         row.interpreter = find_interpreter(row.python)
     with ThreadPoolExecutor(chosen.jobs) as pool:
