@@ -125,7 +125,7 @@ def test_only_the_first_time_that_an_engine_is_ready_is_marked_so():
 
 
 def test_the_readme_shows_the_diagram_that_is_drawn_from_the_machine():
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
 
     shown = re.search(r"^```mermaid\n(stateDiagram-v2\n.*?)\n```$", readme, re.DOTALL | re.MULTILINE)
 
