@@ -26,8 +26,8 @@ from enginefsm.cli import dashboard_files
 from enginefsm.export import hub
 from enginefsm.fsm.states import Reason
 
-HERE = Path(__file__).parent
-GRAFANA = HERE.parent / "dashboards" / "grafana"
+TESTS = Path(__file__).parents[1]
+GRAFANA = TESTS.parent / "dashboards" / "grafana"
 DASHBOARDS = {path.name: json.loads(path.read_text()) for path in sorted(GRAFANA.glob("*.json"))}
 PANELS = {
     (name, panel["title"]): panel
@@ -326,7 +326,7 @@ def watched(clusters, tmp_path_factory):
     """The hub before a real Prometheus, and a manager's two runs: `glm` with faults, `qwen` without."""
     directory = tmp_path_factory.mktemp("watched")
     dashboard_files.write(directory)
-    clusters.use(PYTHONPATH=f"{Path(enginefsm.__file__).parents[1]}:{HERE}")
+    clusters.use(PYTHONPATH=f"{Path(enginefsm.__file__).parents[1]}:{TESTS}")
     file_sd = directory / "hub.json"
     running = hub.start(hub.HubSettings(file_sd=str(file_sd)))
     try:

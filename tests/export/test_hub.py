@@ -25,9 +25,8 @@ from prometheus_client import generate_latest
 from ray.exceptions import ActorDiedError
 from support.bare_handles import bare_handle
 from support.engines import Engine, SlowToConstruct, kill, wait_until
+from support.exports import adopt, errors_of, move, samples, value, without_times
 from support.stopwatch import Stopwatch
-from test_export import adopt, errors_of, move, samples, value
-from test_export_fleet import without_times
 
 import enginefsm
 from enginefsm import EngineMonitor, EngineState, LaunchDeadlineError, Reason, RetryPolicy, export
@@ -36,14 +35,14 @@ from enginefsm.cli.status.words import changes, lines
 from enginefsm.export import Hub, HubSettings, PushGateway, hub, read_fleet
 from enginefsm.monitor import ExportedFleet
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 numbers = itertools.count()
 
 
 @pytest.fixture
 def workers_import(clusters):
     """Ray whose workers have this enginefsm, and the tests' modules."""
-    clusters.use(PYTHONPATH=f"{Path(enginefsm.__file__).parents[1]}:{HERE}")
+    clusters.use(PYTHONPATH=f"{Path(enginefsm.__file__).parents[1]}:{TESTS}")
 
 
 class Namespace:
@@ -575,11 +574,11 @@ ENDS = {
 @pytest.fixture(scope="module")
 def ending(tmp_path_factory):
     """A process for each of `ENDS`, side by side, each with a cluster of its own; and the file that it leaves."""
-    path = f"{Path(enginefsm.__file__).parents[1]}:{HERE}"
+    path = f"{Path(enginefsm.__file__).parents[1]}:{TESTS}"
     started = {}
     for name, case in ENDS.items():
         done = tmp_path_factory.mktemp("ending") / "done"
-        code = SCRIPT.format(here=str(HERE), path=path, done=str(done), **case)
+        code = SCRIPT.format(here=str(TESTS), path=path, done=str(done), **case)
         process = subprocess.Popen(
             [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -677,7 +676,7 @@ def test_scrapes_and_reports_do_not_wait_for_one_another(place):
 
 
 def test_after_ray_s_shutdown_the_process_s_monitor_begins_anew(clusters, tmp_path, monkeypatch):
-    path = f"{Path(enginefsm.__file__).parents[1]}:{HERE}"
+    path = f"{Path(enginefsm.__file__).parents[1]}:{TESTS}"
     monkeypatch.setenv("ENGINEFSM_EXPORT", "hub")
     monkeypatch.setenv("ENGINEFSM_HUB_FILE_SD", str(tmp_path / "sd.json"))
     enginefsm.configure(run="twice")

@@ -409,7 +409,7 @@ def test_a_freeze_ends_with_its_block_whatever_happens_there(start):
 def test_a_freeze_ends_with_the_process_that_asked_for_it(start):
     engine, pid = start(Engine)
     program = (
-        "import sys, time, psutil; from enginefsm import chaos; pid = int(sys.argv[1]); chaos.freeze(pid)\n"
+        "import sys, time, psutil; from enginefsm.rehearsal import chaos; pid = int(sys.argv[1]); chaos.freeze(pid)\n"
         "while psutil.Process(pid).status() != 'stopped': time.sleep(0.02)\n"
         "print('frozen')"
     )
@@ -471,7 +471,7 @@ def test_an_init_that_fails_raises_its_error_and_the_actor_lives(start):
 
 def test_a_constructor_that_fails_takes_the_actor_with_it(chaos_cluster):
     engine = ray.remote(num_cpus=0)(chaos.failing(Engine, "__init__")).remote()
-    with pytest.raises(ActorDiedError, match=r"RuntimeError: Engine\.__init__ failed by enginefsm\.chaos"):
+    with pytest.raises(ActorDiedError, match=r"RuntimeError: Engine\.__init__ failed by enginefsm\.rehearsal\.chaos"):
         ray.get(engine.pid.remote(), timeout=30)
 
 

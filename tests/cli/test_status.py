@@ -30,7 +30,7 @@ from enginefsm.cli.status.words import changes, lines
 from enginefsm.cli.times import duration
 from enginefsm.export import Hub, HubSettings, hub
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "enginefsm.cli"]
 TIMEOUT_S = 90
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import generate_latest
 from support.bare_handles import bare_handle
-from test_export import samples, value
+from support.exports import samples, value, without_times
 
 from enginefsm import EngineMonitor, Reason
 from enginefsm._engine.proxy import managed
@@ -105,10 +105,6 @@ def transitions(table, reason, **labels):
         if name == "enginefsm_transitions_total" and {"reason": reason, **labels}.items() <= dict(having).items()
     ]
     return sum(found)
-
-
-def without_times(text):
-    return {key: None if key[0].endswith("_timestamp_seconds") else one for key, one in samples(text).items()}
 
 
 def test_one_manager_s_text_is_that_of_its_own_registry(table, manager):

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from support.standin_fleet import every_metric
 
-DASHBOARDS = Path(__file__).parents[1] / "dashboards"
+DASHBOARDS = Path(__file__).parents[2] / "dashboards"
 RULES = DASHBOARDS / "rules" / "enginefsm.rules.yml"
 UNIT_TESTS = sorted((DASHBOARDS / "rules").glob("*_test.yml"))
 ALERTS = {

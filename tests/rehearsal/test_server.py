@@ -25,6 +25,8 @@ from support.processes import below, freeze, is_gone
 from enginefsm.rehearsal.server import ServerRequestError, ServerStartError
 from enginefsm.rehearsal.standin import StandInEngine
 
+HERE = Path(__file__).parent
+
 MakeEngine = Callable[..., StandInEngine]
 
 
@@ -433,7 +435,7 @@ def test_shutdown_ends_a_frozen_server(make_engine: MakeEngine) -> None:
 
 OWNER = """
     import os, sys, threading
-    sys.path.insert(0, {tests!r})
+    sys.path[:0] = {tests}
     from test_server import EngineWithOffspring
 
     engine = EngineWithOffspring(import_s=0, load_s=0, log_dir={log_dir!r})
@@ -453,7 +455,7 @@ def start_owner(tmp_path: Path) -> Iterator[Callable[..., psutil.Process]]:
     owners = []
 
     def start(then: str = "pass") -> psutil.Process:
-        script = OWNER.format(tests=str(Path(__file__).parent), log_dir=str(tmp_path), then=then)
+        script = OWNER.format(tests=[str(HERE), str(HERE.parent)], log_dir=str(tmp_path), then=then)
         owner = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True)
         owners.append(owner)
         assert owner.stdout is not None

@@ -12,7 +12,7 @@ import yaml
 
 from enginefsm.cli import main as cli
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CARRIED = {
     path.relative_to(ROOT / "dashboards"): path.read_text()
     for path in (ROOT / "dashboards").rglob("*")

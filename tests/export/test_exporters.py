@@ -18,9 +18,9 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 from support.bare_handles import bare_handle
 from support.engines import wait_until
+from support.exports import adopt, errors_of, move, samples, value
 from support.servers import pushgateway, serving
 from support.stopwatch import Stopwatch
 
@@ -31,36 +31,6 @@ from enginefsm.export import EventLog, Http, Hub, PushGateway, Textfile, outbox
 from enginefsm.export.delivery import Delivery
 
 DIED = (Reason.ACTOR_UNAVAILABLE, Reason.RETRY_EXHAUSTED)
-
-
-def adopt(monitor, name="one", **labels):
-    return monitor.adopt(bare_handle(), name=name, **{"model": "tiny", "worker_type": "regular", **labels})
-
-
-def move(monitor, engine, *reasons):
-    for reason in reasons:
-        assert managed(engine).step(reason), f"{engine!r} does not move for {reason}"
-    monitor._delivery.deliver()
-
-
-def samples(text):
-    """{(name, labels): value} of a metrics text."""
-    return {
-        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
-
-
-def value(text, name, **labels):
-    """The one sample that has these labels, among others."""
-    found = [
-        value
-        for (named, having), value in samples(text).items()
-        if named == name and labels.items() <= dict(having).items()
-    ]
-    assert len(found) == 1, f"{len(found)} of {name} {labels}"
-    return found[0]
 
 
 @pytest.fixture
@@ -105,12 +75,6 @@ class Refusing(Gate):
     def send(self, fleet, batch):
         self.batches.append(batch)
         raise PermissionError("go away")
-
-
-def errors_of(monitor, sink):
-    return monitor.metrics.registry.get_sample_value(
-        "enginefsm_export_errors_total", {"run": monitor.run, "sink": sink}
-    )
 
 
 def dropped_of(monitor, sink):
@@ -180,7 +144,7 @@ def test_events_arrive_in_order_with_their_numbers_and_each_once(make_monitor):
     assert monitor.flush(timeout_s=10)
     events = [event for batch in gate.batches for event in batch.events]
     assert [number for number, _ in events] == list(range(1, 102))
-    assert [event.reason for _, event in events][:3] == ["launched", "actor_unavailable", "actor_reachable"]
+    assert [event.reason for _, event in events][:3] == ["adopted", "actor_unavailable", "actor_reachable"]
     assert [batch.seq for batch in gate.batches] == list(range(1, len(gate.batches) + 1))
 
 
@@ -199,7 +163,7 @@ def test_what_was_not_taken_comes_again_with_what_came_since(make_monitor):
     once.open.set()
     assert monitor.flush(timeout_s=10)
     reasons = [event.reason for _, event in once.batches[1].events]
-    assert reasons == ["launched", "init_succeeded"]
+    assert reasons == ["adopted", "init_succeeded"]
     assert errors_of(monitor, "gate") == 1
 
 
@@ -356,14 +320,14 @@ def test_closing_does_not_wait_for_an_exporter_that_hangs(make_monitor):
 
 def test_the_interpreter_s_end_is_a_good_end(tmp_path):
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from bare_handles import bare_handle; import enginefsm\n"
+        "import sys; sys.path.insert(0, sys.argv[1]); from support.bare_handles import bare_handle; import enginefsm\n"
         "enginefsm.configure(run='glm'); enginefsm.adopt(bare_handle(), name='one')\n"
         "raise RuntimeError('the job failed')"
     )
     log = tmp_path / "events.jsonl"
     environ = os.environ | {"ENGINEFSM_EXPORT": f"jsonl:{log}"}
     ended = subprocess.run(
-        [sys.executable, "-c", code, str(Path(__file__).parent)], env=environ, capture_output=True, text=True
+        [sys.executable, "-c", code, str(Path(__file__).parents[1])], env=environ, capture_output=True, text=True
     )
     assert ended.returncode == 1
     assert ended.stderr.strip().endswith("RuntimeError: the job failed")
