@@ -850,7 +850,7 @@ def test_what_makes_no_sense_is_refused_and_nothing_is_watched(fleet, watch):
         ({"probe": "directory"}, ValueError, "it has: .*well"),
         ({"probe": None}, ValueError, "it has: .*well"),
         ({"probe": "pair"}, ValueError, "one plain value"),
-        ({"url": "no_such"}, ValueError, "no method 'no_such' to be its url"),
+        ({"address": "no_such"}, ValueError, "no method 'no_such' to be its address"),
         ({"interval_s": 0}, ValueError, "interval_s"),
         ({"interval_s": float("nan")}, ValueError, "interval_s"),
         ({"timeout_s": "1"}, ValueError, "timeout_s"),

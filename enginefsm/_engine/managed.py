@@ -49,6 +49,10 @@ class EngineSnapshot:
     """What happened when it entered the state, in one line."""
 
 
+def _nobody() -> None:
+    return None
+
+
 class ManagedEngine:
     """One incarnation of an engine. Thread-safe.
 
@@ -82,6 +86,7 @@ class ManagedEngine:
         "ledger",
         "lineage",
         "on_loop",
+        "proxy",
         "stage",
     )
 
@@ -108,6 +113,9 @@ class ManagedEngine:
         self.stage: LaunchStage | None = None
         """How far the launch was when Ray was last asked; None if that is not known or the engine is not launching.
         An engine that the launch deadline ended keeps its stage."""
+        # Not the object itself: in a cycle with the handle, it would keep the actor alive until a garbage collection.
+        self.proxy: Callable[[], Any] = _nobody
+        """Gives the engine that users hold, or None."""
         self._wakers: set[Callable[[], None]] = set()
         self._plain_refs: dict[str, PlainRef] = {}
         self._record = record

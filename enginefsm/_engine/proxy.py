@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -78,7 +79,7 @@ class Engine:
     An engine pickles as the plain `ActorHandle`, equals it, and hashes as it does.
     """
 
-    __slots__ = ("fsm", "handle")
+    __slots__ = ("__weakref__", "fsm", "handle")
 
     fsm: EngineFsm
     """Where the engine is and why."""
@@ -88,6 +89,7 @@ class Engine:
     def __init__(self, managed: ManagedEngine) -> None:
         self.fsm = EngineFsm(managed)
         self.handle = managed.handle
+        managed.proxy = weakref.ref(self)
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self.handle, name)
@@ -113,6 +115,12 @@ class Engine:
 
 
 OWN_NAMES = frozenset({"fsm", "handle"})
+
+
+def proxy(one: ManagedEngine) -> Engine:
+    """Return the engine of a record: the object that the program holds, if it still holds it."""
+    held: Engine | None = one.proxy()
+    return Engine(one) if held is None else held
 
 
 def managed(engine: Engine) -> ManagedEngine:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from enginefsm._engine.managed import ManagedEngine
-from enginefsm._engine.proxy import Engine
+from enginefsm._engine.proxy import Engine, proxy
 from enginefsm._ray import ends as _ends
 from enginefsm.fsm.states import GIVEN_UP, Reason
 from enginefsm.health.checker import TICK_S, Checks, Fleet, Settings
@@ -177,10 +177,10 @@ class HealthMonitor:
             # The one that died, though its name may have been given to another by now.
             member.reported = engine if member is watched else self._fleet.engine(member.name) or member.engine
         self._limits.clear(watched.group)
-        engines = tuple(Engine(member.reported) for member in watched.group.members if member.reported is not None)
+        engines = tuple(proxy(member.reported) for member in watched.group.members if member.reported is not None)
         by_monitor = engine.reason in GIVEN_UP
         cause, says = watched.failures.cause, watched.group.says
-        self._verdicts.put(Verdict(Engine(engine), engines, engine.reason, by_monitor, cause, says))
+        self._verdicts.put(Verdict(proxy(engine), engines, engine.reason, by_monitor, cause, says))
 
     def _call_back(self) -> None:
         """Hand verdicts to the callback, in order."""

@@ -155,7 +155,7 @@ def test_a_gcs_that_does_not_answer_keeps_nobody_and_is_asked_again_when_it_does
     *others_s, _ = sorted(took_s)  # the machine itself may have stood still during one
     assert max(others_s) < 1
     assert sum(took > 0.3 for took in others_s) <= 3, "it was asked too often while it did not answer"
-    assert "launching (launched); launching" in said[-1]
+    assert "launching (adopted); launching" in said[-1]
     say_when_asked(fleet.monitor, call, "waiting for resources")
 
 

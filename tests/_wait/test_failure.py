@@ -363,3 +363,12 @@ def test_a_call_of_another_monitor_s_engine_is_refused(fleet):
     with pytest.raises(ValueError, match="another monitor"):
         enginefsm.EngineMonitor().get(call)
     assert fleet.monitor.get(call) == "launched"
+
+
+def test_what_killed_an_engine_is_told_in_one_line_by_its_detail_and_its_step(fleet):
+    rig = fleet.launch()
+    rig.open()
+    with pytest.raises(RuntimeError, match="CUDA out of memory"):
+        fleet.monitor.get(rig.engine.init.remote("CUDA out of memory\non GPU 3"))
+    assert rig.engine.fsm.detail == "init() raised RuntimeError: CUDA out of memory on GPU 3"
+    assert [step.detail for step in fleet.events if isinstance(step, enginefsm.Transition)][-1] == rig.engine.fsm.detail
