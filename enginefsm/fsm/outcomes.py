@@ -5,11 +5,12 @@ Pure: it knows Ray's exception classes, and nothing of clusters, threads or Prom
 
 from __future__ import annotations
 
+import traceback
 from enum import StrEnum
 
 from ray import exceptions as rx
 
-from enginefsm.fsm.states import EngineState, Reason
+from enginefsm.fsm.states import EngineState, Reason, one_line
 
 
 class Outcome(StrEnum):
@@ -105,6 +106,14 @@ def classify(exception: Exception, actor_id: str) -> Outcome:
             return _PLAIN[base]
     # Not Ray's: an exception that a value raises while it is being deserialized here. The method had ended.
     return Outcome.METHOD_FAILED
+
+
+def detail_of(exception: BaseException) -> str:
+    """Return what an exception says, in one line. The text of a `RayTaskError` is a traceback, so take its cause's."""
+    cause = exception.cause if isinstance(exception, rx.RayTaskError) else None
+    said = cause if isinstance(cause, BaseException) else exception
+    # Not str(): a user's exception may raise when it is printed.
+    return one_line("".join(traceback.format_exception_only(said)))
 
 
 def reason_for(outcome: Outcome, *, state: EngineState, launches: bool, launched: bool) -> Reason | None:

@@ -57,7 +57,7 @@ class Manager:
     """Brings two engines up. One is cut off, its bounds are spent, and the manager ends, with no time for more."""
 
     def __init__(self, run, directory, engines, end):
-        monitor = enginefsm.EngineMonitor(run, enginefsm.RetryPolicy(max_attempts=0), export=None)
+        monitor = enginefsm.EngineMonitor(run=run, policy=enginefsm.RetryPolicy(max_attempts=0), export=None)
         adopted = [
             monitor.adopt(engine, name=f"engine-{number}", model="tiny", worker_type="regular", node=f"node-{number}")
             for number, engine in enumerate(engines)

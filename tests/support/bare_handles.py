@@ -57,4 +57,6 @@ class RecordingHandle:
 
 def recording_engine() -> SimpleNamespace:
     """As much of an engine as a `Call` sees, with a `RecordingHandle`."""
-    return SimpleNamespace(name="e", launch="init", on_loop=False, ledger=Ledger(), handle=RecordingHandle())
+    return SimpleNamespace(
+        name="e", launch="init", awaiter=None, on_loop=False, ledger=Ledger(), handle=RecordingHandle()
+    )
