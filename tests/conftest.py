@@ -28,9 +28,13 @@ RAY_TELLS_WITHIN_S = 5.0  # of a connection that broke: a second, and a busy mac
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Each of these fixtures starts Ray or real servers. A test that starts them itself has the mark written at it.
+FIXTURES_OF_RAY = {"clusters", "real", "router", "start"}
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "clusters" in item.fixturenames:
+        if FIXTURES_OF_RAY.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.ray)
 
 

@@ -589,6 +589,7 @@ def ending(tmp_path_factory):
         process.wait()
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("name", ENDS)
 def test_neither_ray_s_shutdown_nor_the_process_s_end_is_harmed_by_a_hub_that_starts_or_hangs(name, ending):
     # Ray ends the process of a thread that calls it while it is shut down, with another exit code.
