@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import ray
 from ray.exceptions import ActorDiedError
+from support.clusters import WORKERS_PATH
 from support.engines import Engine, wait_until
 from support.servers import serving
 
@@ -30,7 +31,6 @@ from enginefsm.cli.status.words import changes, lines
 from enginefsm.cli.times import duration
 from enginefsm.export import Hub, HubSettings, hub
 
-HERE = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "enginefsm.cli"]
 TIMEOUT_S = 90
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -89,7 +89,7 @@ class Scene:
 
 @pytest.fixture
 def scene(clusters, tmp_path):
-    clusters.use(PYTHONPATH=f"{Path(enginefsm.__file__).parents[1]}:{HERE}")
+    clusters.use(PYTHONPATH=f"{Path(enginefsm.__file__).parents[1]}:{WORKERS_PATH}")
     made = Scene(tmp_path)
     yield made
     made.close()

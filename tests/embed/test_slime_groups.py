@@ -63,7 +63,7 @@ def test_a_group_is_adopted_in_place_and_only_the_new_are_given(group, monitor):
     adopted = slime.adopt_group(group, monitor=monitor)
     assert [(rank, engine.fsm.name) for rank, engine in adopted] == [(4, "Qwen3-4B/decode/4"), (5, "Qwen3-4B/decode/5")]
     assert [engine for _, engine in adopted] == group.all_engines
-    assert dict(adopted[0][1].labels) == {"model": "Qwen3-4B", "worker_type": "decode", "node": ""}
+    assert dict(adopted[0][1].fsm.labels) == {"model": "Qwen3-4B", "worker_type": "decode", "node": ""}
     assert slime.adopt_group(group, monitor=monitor) == []
     group.all_engines[1] = None
     assert slime.adopt_group(group, monitor=monitor) == []
@@ -131,7 +131,7 @@ def test_engines_of_another_process_are_named_by_their_places(group, monitor):
     assert monitor.get([engine.get_url.remote() for engine in engines]) == [None, None]
     again = slime.adopt_engines([first, group.all_engines.append(start()) or group.all_engines[-1]], monitor=monitor)
     assert again[0] is engines[0]
-    assert (again[1].name, again[1].incarnation) == ("default/regular/1", 2)
+    assert (again[1].fsm.name, again[1].fsm.incarnation) == ("default/regular/1", 2)
 
 
 def test_a_health_monitor_is_driven_as_slimes_is(group, monitor):
@@ -199,7 +199,7 @@ def test_a_pause_ends_an_engine_that_is_known_to_be_dead(group, monitor):
     with pytest.raises(ray.exceptions.ActorDiedError):
         monitor.get(engine.get_url.remote())
     health.pause()
-    assert group.all_engines[0].state is EngineState.READY
+    assert group.all_engines[0].fsm.state is EngineState.READY
     assert group.all_engines[1] is None
     health.stop()
 

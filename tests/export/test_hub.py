@@ -24,6 +24,7 @@ import ray
 from prometheus_client import generate_latest
 from ray.exceptions import ActorDiedError
 from support.bare_handles import bare_handle
+from support.clusters import WORKERS_PATH
 from support.engines import Engine, SlowToConstruct, kill, wait_until
 from support.exports import adopt, errors_of, move, samples, value, without_times
 from support.stopwatch import Stopwatch
@@ -42,7 +43,7 @@ numbers = itertools.count()
 @pytest.fixture
 def workers_import(clusters):
     """Ray whose workers have this enginefsm, and the tests' modules."""
-    clusters.use(PYTHONPATH=f"{Path(enginefsm.__file__).parents[1]}:{TESTS}")
+    clusters.use(PYTHONPATH=f"{Path(enginefsm.__file__).parents[1]}:{WORKERS_PATH}")
 
 
 class Namespace:
@@ -574,7 +575,7 @@ ENDS = {
 @pytest.fixture(scope="module")
 def ending(tmp_path_factory):
     """A process for each of `ENDS`, side by side, each with a cluster of its own; and the file that it leaves."""
-    path = f"{Path(enginefsm.__file__).parents[1]}:{TESTS}"
+    path = f"{Path(enginefsm.__file__).parents[1]}:{WORKERS_PATH}"
     started = {}
     for name, case in ENDS.items():
         done = tmp_path_factory.mktemp("ending") / "done"
@@ -677,7 +678,7 @@ def test_scrapes_and_reports_do_not_wait_for_one_another(place):
 
 
 def test_after_ray_s_shutdown_the_process_s_monitor_begins_anew(clusters, tmp_path, monkeypatch):
-    path = f"{Path(enginefsm.__file__).parents[1]}:{TESTS}"
+    path = f"{Path(enginefsm.__file__).parents[1]}:{WORKERS_PATH}"
     monkeypatch.setenv("ENGINEFSM_EXPORT", "hub")
     monkeypatch.setenv("ENGINEFSM_HUB_FILE_SD", str(tmp_path / "sd.json"))
     enginefsm.configure(run="twice")

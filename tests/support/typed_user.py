@@ -23,7 +23,7 @@ def bring_up() -> list[Any]:
     try:
         results = enginefsm.get(calls, timeout=600)
     except (enginefsm.RetryExhaustedError, enginefsm.LaunchDeadlineError):
-        print([engine.state for engine in engines])
+        print([engine.fsm.state for engine in engines])
         raise
     assert_type(results, list[Any])
     return results
