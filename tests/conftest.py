@@ -12,6 +12,7 @@ import pytest
 import ray
 from support.clusters import local_ray
 from support.engines import Engine, held_within, wait_until
+from support.ways import GET
 
 import enginefsm
 from enginefsm.rehearsal import chaos
@@ -217,6 +218,14 @@ def make_fleet(tmp_path, policy):
 
 
 @pytest.fixture
-def fleet(cluster, make_fleet):
+def way(request):
+    """How the fleet waits for its engines; `support.ways.also` gives others."""
+    return getattr(request, "param", GET)
+
+
+@pytest.fixture
+def fleet(cluster, make_fleet, way):
     """Engines on Ray as it comes."""
-    return make_fleet()
+    fleet = make_fleet()
+    with way.used_by(fleet):
+        yield fleet
