@@ -146,8 +146,9 @@ def test_exhaustion_is_on_the_hub_before_the_exception_leaves_and_after_its_mana
         return EngineMonitor(run="glm", policy=RetryPolicy(launch_deadline_s=4), export=[Hub(settings, namespace)])
 
     settings, namespace = place.settings, place.name
+    manager = Manager.remote()
     with pytest.raises(ActorDiedError):
-        ray.get(Manager.remote().bring_up.remote())
+        ray.get(manager.bring_up.remote())
     text = place.get()
     who = {"run": "glm", "engine": "engine-0", "reason": "launch_deadline"}
     assert value(text, "enginefsm_retry_exhausted_timestamp_seconds", **who) == pytest.approx(time.time(), abs=60)
