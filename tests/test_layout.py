@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 
 # Each may import those after it. "" is enginefsm/__init__.py: the public names, for users and the packages before it.
 ORDER = [
-    "embed", "cli", "rehearsal", "", "monitor", "health", "export", "metrics", "_wait", "_engine", "_calls", "_ray",
-    "fsm",
+    "testing", "embed", "cli", "rehearsal", "", "monitor", "health", "export", "metrics", "_wait", "_engine", "_calls",
+    "_ray", "fsm",
 ]  # fmt: skip
 # Everything may import these. They import only each other and fsm, whose types they carry.
 SHARED = {"errors", "events", "policy"}
