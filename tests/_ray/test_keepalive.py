@@ -68,3 +68,7 @@ def test_a_manager_without_keepalive_logs_once_that_silent_links_would_cost_minu
     begun, ended = bring_up(*two_nodes, with_keepalive=False, silent_s=0)
     assert not begun["manager_has_keepalive"]
     assert [line.startswith(WARNING) for line in ended["logged"]] == [True]
+
+
+def test_the_tests_of_this_suite_run_with_the_keepalive():
+    assert keepalive.finds_silent_links()
