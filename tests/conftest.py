@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# As enginefsm.runtime_env() sets them. Ray reads them when it is imported.
+os.environ.update(RAY_grpc_client_keepalive_time_ms="10000", RAY_grpc_client_keepalive_timeout_ms="10000")
+
 import contextlib
 import signal
 import threading
@@ -30,7 +35,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # Each of these fixtures starts Ray or real servers. A test that starts them itself has the mark written at it.
-FIXTURES_OF_RAY = {"clusters", "real", "router", "start"}
+FIXTURES_OF_RAY = {"clusters", "real", "router", "start", "two_nodes"}
 
 
 def pytest_collection_modifyitems(items):
