@@ -531,6 +531,7 @@ sys.path.insert(0, {here!r})
 import ray
 import conftest, enginefsm
 from support.bare_handles import bare_handle
+from enginefsm._engine.proxy import managed
 from enginefsm.export import Hub, HubSettings, hub, read_fleet
 
 start, in_start = hub.start, []
