@@ -89,3 +89,18 @@ def test_an_import_that_goes_up_is_noticed():
     assert not goes_down("enginefsm.fsm.states", "enginefsm.monitor")
     assert not goes_down("enginefsm.events", "enginefsm.metrics.collector")
     assert goes_down("enginefsm.cli.main", "enginefsm")
+
+
+def test_no_test_file_imports_another_and_their_names_are_unique():
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    names = [path.stem for path in files]
+    assert sorted(set(names)) == sorted(names)
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported = {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported = {node.module}
+            else:
+                continue
+            assert not imported & {*names, "conftest"}, path
