@@ -28,6 +28,12 @@ RAY_TELLS_WITHIN_S = 5.0  # of a connection that broke: a second, and a busy mac
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "clusters" in item.fixturenames:
+            item.add_marker(pytest.mark.ray)
+
+
 class Clusters:
     """At most one cluster at a time, kept while tests ask for the same settings."""
 
@@ -72,7 +78,7 @@ class Fleet:
         self.directory = directory
         self.events = []
         self.came = threading.Condition()
-        self.monitor = enginefsm.EngineMonitor("test", policy, listeners=[self.listen])
+        self.monitor = enginefsm.EngineMonitor(run="test", policy=policy, listeners=[self.listen])
         self.threads = ThreadPoolExecutor()
         self.actors = []
         self.engine_class = Engine
@@ -104,7 +110,7 @@ class Fleet:
         return Rig(self.monitor.adopt(actor, name=name, model="tiny", worker_type="regular", **options), directory)
 
     def in_background(self, calls, timeout=None):
-        return self.threads.submit(self.monitor.get, calls, timeout)
+        return self.threads.submit(self.monitor.get, calls, timeout=timeout)
 
     def steps(self, engine):
         """(from, to, reason) of each transition of one incarnation."""
@@ -112,11 +118,11 @@ class Fleet:
             (step.from_state, step.to_state, step.reason)
             for step in self.events
             if isinstance(step, enginefsm.Transition)
-            and (step.engine, step.incarnation) == (engine.name, engine.incarnation)
+            and (step.engine, step.incarnation) == (engine.fsm.name, engine.fsm.incarnation)
         ]
 
     def outcomes(self, engine):
-        return [e for e in self.events if isinstance(e, enginefsm.CallOutcome) and e.engine == engine.name]
+        return [e for e in self.events if isinstance(e, enginefsm.CallOutcome) and e.engine == engine.fsm.name]
 
     def wait_for(self, condition, timeout_s=60.0):
         with self.came:

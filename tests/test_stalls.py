@@ -51,7 +51,7 @@ def test_many_engines_are_adopted_cut_off_and_recovered_without_a_stall(new_loop
         monitor = enginefsm.EngineMonitor(policy=RetryPolicy(cap_s=0.5), listeners=[listener])
         values, turns = measured(recovered(monitor, together), new_loop)
         assert values == list(range(ENGINES))
-        assert {engine.state for engine in monitor.engines()} == {EngineState.READY}
+        assert {engine.fsm.state for engine in monitor.engines()} == {EngineState.READY}
         return turns
 
     turns = quietest(scene)
@@ -65,7 +65,7 @@ def test_many_engines_are_given_up_with_a_frozen_hub_without_a_stall(new_loop, t
         monitor = enginefsm.EngineMonitor(policy=RetryPolicy(max_attempts=0), export=[hub])
         (errors, took_s), turns = measured(given_up(monitor, together), new_loop)
         assert {type(error) for error in errors} == {RetryExhaustedError}
-        assert {engine.state for engine in monitor.engines()} == {EngineState.DEAD}
+        assert {engine.fsm.state for engine in monitor.engines()} == {EngineState.DEAD}
         assert 1 < took_s < 60, "the hub is to be waited for, by all at once"
         return turns
 

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
-from enginefsm._engine.engine import MonitoredEngine
+from enginefsm._engine.managed import ManagedEngine
 from enginefsm._ray import ends as _ends
 from enginefsm._ray import handles as _ray_handles
 from enginefsm.fsm.states import EngineState, LaunchStage
@@ -26,7 +26,7 @@ ANSWER_S = 1.0
 class LaunchStages:
     """Tells the launching engines among `engines()` what stage they have reached. Thread-safe."""
 
-    def __init__(self, engines: Callable[[], Iterable[MonitoredEngine]]) -> None:
+    def __init__(self, engines: Callable[[], Iterable[ManagedEngine]]) -> None:
         self._engines = engines
         self._lock = threading.Lock()  # around all of the below
         self._asking: threading.Thread | None = None
@@ -52,7 +52,7 @@ class LaunchStages:
                 self._asking, self._asked_at = asking, now
         asking.join(wait_s)
 
-    def _ask(self, launching: list[MonitoredEngine]) -> None:
+    def _ask(self, launching: list[ManagedEngine]) -> None:
         with _ends.calling_ray():
             creations = _ray_handles.creations([engine.handle for engine in launching], ANSWER_S)
         self._answered = creations is not None
@@ -61,7 +61,7 @@ class LaunchStages:
             engine.reached(None if creation is None else _stage(engine, *creation))
 
 
-def _stage(engine: MonitoredEngine, state: str, has_worker: bool) -> LaunchStage | None:
+def _stage(engine: ManagedEngine, state: str, has_worker: bool) -> LaunchStage | None:
     match state:
         case "DEPENDENCIES_UNREADY":
             return LaunchStage.WAITING_FOR_ARGUMENTS

@@ -126,8 +126,17 @@ def is_plain(method: ActorMethod, options: Mapping[str, Any]) -> bool:
         options.get("num_returns", method._num_returns) == 1
         and not method._is_generator
         and method._decorator is None
-        and options.get("tensor_transport", method._tensor_transport) is None
+        and _is_object_store(options.get("tensor_transport", getattr(method, "_tensor_transport", None)))
     )
+
+
+def _is_object_store(transport: Any) -> bool:
+    """Return whether a tensor transport is Ray's default, by which values travel through the object store.
+
+    Ray up to 2.47 has no tensor transports. The default is an enum's member in 2.48 to 2.52, its name in 2.53, and None
+    since 2.54. `.options` takes the name in any case.
+    """
+    return transport is None or str(getattr(transport, "name", transport)).upper() == "OBJECT_STORE"
 
 
 def method_name(method: ActorMethod) -> str:

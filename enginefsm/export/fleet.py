@@ -38,7 +38,7 @@ since the epoch. Fields are added over time, and not taken away under the same `
            "incarnation": 2, "actor_id": "...", "ever_ready": true, "manager": "9f0c...",
            "stage": null or how far its launch is, "waiting for resources" say (see `LaunchStage`),
            "past": [                    # its earlier incarnations, oldest first, the newest 16
-             {"incarnation": 1, "actor_id": "...", "reason": "actor_died", "launched_s": ..., "ready_s": null or ...,
+             {"incarnation": 1, "actor_id": "...", "reason": "actor_died", "adopted_s": ..., "ready_s": null or ...,
               "dead_s": ...}]}]}]}
 """
 
@@ -55,7 +55,7 @@ from prometheus_client import generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from enginefsm._engine.engine import EngineSnapshot
+from enginefsm._engine.managed import EngineSnapshot
 from enginefsm.fsm.states import GIVEN_UP, EngineState
 from enginefsm.metrics.collector import (
     GROUP,

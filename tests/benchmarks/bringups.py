@@ -55,7 +55,7 @@ def bring_up(number, engines, cuts, rng):
         elif isinstance(event, enginefsm.Transition) and event.to_state is EngineState.READY:
             ready[event.engine] = event.at_s
 
-    monitor = enginefsm.EngineMonitor(f"bringup-{number}", listeners=[listen])
+    monitor = enginefsm.EngineMonitor(run=f"bringup-{number}", listeners=[listen])
     actors = [ray.remote(num_cpus=0)(Engine).remote() for _ in range(engines)]
     pids = ray.get([actor.pid.remote() for actor in actors])
     adopted = [monitor.adopt(actor, name=f"engine-{i}") for i, actor in enumerate(actors)]

@@ -135,13 +135,13 @@ async def measure(actors, monitor):
     with phase("submit, a turn of the loop each"):
         calls = await submit(lambda engine: engine.init.remote(1), engines)
     with phase("gather"):
-        await monitor.gather(calls)
+        await monitor.gather(*calls)
     with phase("asyncio.gather of calls that are done"):
         await asyncio.gather(*calls)
     with phase("gather with a timeout that passes"):
         calls = await submit(lambda engine: engine.init.remote(1.5), engines)
         with contextlib.suppress(ray.exceptions.GetTimeoutError):
-            await monitor.gather(calls, timeout=0.2)
+            await monitor.gather(*calls, timeout=0.2)
     with phase("asyncio.gather(*calls)"):
         await asyncio.gather(*calls)
     descriptors = await asyncio.to_thread(connections_to, pids)

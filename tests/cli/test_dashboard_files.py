@@ -86,6 +86,6 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path, capsys, blocked):
 
 
 def test_an_installation_without_them_says_so(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("enginefsm.cli.dashboard_files.resources.files", lambda package: tmp_path / "nothing")
+    monkeypatch.setattr("enginefsm.cli.dashboard_files._PLACES", (tmp_path / "nothing",))
     assert cli.main(["dashboards", "--out", str(tmp_path / "out")]) == 2
     assert "lacks its dashboards" in capsys.readouterr().err

@@ -14,6 +14,7 @@ import pytest
 from support.bare_handles import bare_handle
 
 from enginefsm import CallOutcome, EngineMonitor, Outcome, Reason
+from enginefsm._engine.proxy import managed
 from enginefsm.cli import main as cli
 from enginefsm.cli.report.axis import ticks
 from enginefsm.export import EventLog
@@ -53,11 +54,11 @@ class Log:
         )  # fmt: skip
 
     def smooth(self, engine, at_s=0.0, ready_s=10.0, **labels):
-        self.step(at_s, engine, None, "launching", "launched", **labels)
+        self.step(at_s, engine, None, "launching", "adopted", **labels)
         return self.step(at_s + ready_s, engine, "launching", "ready", "init_succeeded", ready_s, ready_s, **labels)
 
     def cut(self, engine, at_s=0.0):
-        self.step(at_s, engine, None, "launching", "launched")
+        self.step(at_s, engine, None, "launching", "adopted")
         self.call(at_s + 4, engine, "actor_unavailable")
         self.step(at_s + 4, engine, "launching", "unavailable", "actor_unavailable", 4, 4)
         self.call(at_s + 6, engine, "actor_unavailable", attempt=1)
@@ -65,10 +66,10 @@ class Log:
         return self.step(at_s + 9, engine, "unavailable", "ready", "recovered", 5, 9)
 
     def killed(self, engine, at_s=0.0):
-        self.step(at_s, engine, None, "launching", "launched")
+        self.step(at_s, engine, None, "launching", "adopted")
         self.call(at_s + 3, engine, "actor_died")
         self.step(at_s + 3, engine, "launching", "dead", "actor_died", 3, 3)
-        self.step(at_s + 5, engine, None, "launching", "launched", incarnation=2)
+        self.step(at_s + 5, engine, None, "launching", "adopted", incarnation=2)
         return self.step(at_s + 12, engine, "launching", "ready", "init_succeeded", 7, 7, incarnation=2)
 
     def text(self):
@@ -91,12 +92,12 @@ def report(tmp_path, capfd):
 
 
 def test_the_log_of_these_tests_has_the_fields_that_the_exporter_writes(tmp_path):
-    monitor = EngineMonitor("glm", export=[EventLog(tmp_path / "log")])
+    monitor = EngineMonitor(run="glm", export=[EventLog(tmp_path / "log")])
     engine = monitor.adopt(bare_handle(), name="e")
     monitor._delivery.put(CallOutcome("e", {}, "init", Outcome.ACTOR_DIED, 0, 1.5, False, 1, 100.0))
-    engine.step(Reason.ACTOR_DIED)
+    managed(engine).step(Reason.ACTOR_DIED)
     monitor._delivery.deliver()
-    monitor.close(60)
+    monitor.close(timeout_s=60)
     exported = map(json.loads, (tmp_path / "log").read_text().splitlines())
     written = map(json.loads, Log().begin().killed("e").add("end", 20).text().splitlines())
     of_exported, of_written = ({line["kind"]: set(line) for line in lines} for lines in (exported, written))

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import ray
 from ray.exceptions import ActorDiedError
+from support.clusters import WORKERS_PATH
 from support.engines import Engine, wait_until
 from support.servers import serving
 
@@ -30,7 +31,6 @@ from enginefsm.cli.status.words import changes, lines
 from enginefsm.cli.times import duration
 from enginefsm.export import Hub, HubSettings, hub
 
-HERE = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "enginefsm.cli"]
 TIMEOUT_S = 90
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -50,7 +50,7 @@ class Scene:
         return ray.get_runtime_context().gcs_address
 
     def monitor(self, run):
-        self.monitors.append(EngineMonitor(run, export=[Hub(HubSettings(file_sd=str(self.file_sd)))]))
+        self.monitors.append(EngineMonitor(run=run, export=[Hub(HubSettings(file_sd=str(self.file_sd)))]))
         return self.monitors[-1]
 
     def launch(self, monitor, name, **labels):
@@ -64,7 +64,7 @@ class Scene:
 
     def kill(self, monitor, engine):
         call = engine.hold.remote()
-        wait_until((self.directories[engine.name] / "held").exists, what="the call")
+        wait_until((self.directories[engine.fsm.name] / "held").exists, what="the call")
         ray.kill(engine.handle)
         with pytest.raises(ActorDiedError):
             monitor.get(call)
@@ -89,7 +89,7 @@ class Scene:
 
 @pytest.fixture
 def scene(clusters, tmp_path):
-    clusters.use(PYTHONPATH=f"{Path(enginefsm.__file__).parents[1]}:{HERE}")
+    clusters.use(PYTHONPATH=f"{Path(enginefsm.__file__).parents[1]}:{WORKERS_PATH}")
     made = Scene(tmp_path)
     yield made
     made.close()
@@ -101,7 +101,7 @@ def bringup(scene):
     monitor = scene.monitor("glm-rl")
     scene.launch(monitor, "engine-10", node="node-1", model="glm")
     scene.kill(monitor, scene.launch(monitor, "engine-2", node="node-2", model="glm"))
-    assert monitor.flush(30)
+    assert monitor.flush(timeout_s=30)
     return monitor
 
 
@@ -152,7 +152,7 @@ def test_the_cluster_may_be_named_by_ray_address_and_the_hub_by_its_url(scene, b
 def test_one_run_of_several_is_shown_and_an_unknown_one_is_said_to_be_so(scene, bringup):
     other = scene.monitor("other")
     scene.launch(other, "engine-0")
-    assert other.flush(30)
+    assert other.flush(timeout_s=30)
     code, out, _ = run_status("--address", scene.url(), "--run", "other")
     assert code == cli.OK
     assert out.startswith("other: 1 of 1 ready; ")
@@ -172,7 +172,7 @@ def test_the_reader_goes_from_ray_to_http_and_back_when_the_hub_is_another(scene
         assert reader._ray is None  # over HTTP by now
         scene.kill_hub()
         scene.launch(bringup, "engine-3")
-        assert bringup.flush(60)  # starts another hub, if a heartbeat has not done so
+        assert bringup.flush(timeout_s=60)  # starts another hub, if a heartbeat has not done so
         again = reader.read()
         assert again["hub"]["pid"] != first["hub"]["pid"]
         assert len(again["runs"][0]["engines"]) == 3
@@ -308,7 +308,7 @@ class Watch:
 def test_watch_on_a_terminal_is_a_table_that_follows_the_fleet_until_ctrl_c(scene):
     monitor = scene.monitor("glm-rl")
     engine = scene.launch(monitor, "engine-0", node="node-7")
-    assert monitor.flush(30)
+    assert monitor.flush(timeout_s=30)
     with contextlib.closing(Watch("--address", scene.url(), "--interval-s", "0.1", on_terminal=True)) as watch:
         watch.read_until(r"glm-rl +1 of 1 ready")
         watch.read_until(r"engine +state +for +reason +node")
@@ -325,14 +325,14 @@ def test_watch_on_a_terminal_is_a_table_that_follows_the_fleet_until_ctrl_c(scen
 def test_watch_elsewhere_writes_a_line_for_each_change(scene):
     monitor = scene.monitor("glm-rl")
     engine = scene.launch(monitor, "engine-0")
-    assert monitor.flush(30)
+    assert monitor.flush(timeout_s=30)
     with contextlib.closing(Watch("--address", scene.url(), "--interval-s", "0.1", on_terminal=False)) as watch:
         watch.read_until(r"\d\d:\d\d:\d\d  glm-rl: 1 of 1 ready; .*\n")
         scene.launch(monitor, "engine-1", node="node-1")
         watch.read_until(r"  glm-rl  engine-1: .*ready \(init_succeeded\) on node-1\n")
         scene.kill(monitor, engine)
         watch.read_until(r"  glm-rl  engine-0: ready -> dead \(actor_died\)\n")
-        monitor.close(60)
+        monitor.close(timeout_s=60)
         watch.read_until(r"  glm-rl: 1 of 2 ready, 1 dead; .*; ended .* ago\n")
         scene.kill_hub()
         watch.read_until(r"  no hub answers at .*; it is tried again\n")

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import ray
 from ray.exceptions import ActorDiedError
+from support.clusters import WORKERS_PATH
 from support.engines import Engine, wait_until
 from support.servers import monitoring
 
@@ -23,7 +24,6 @@ from enginefsm.export import hub
 from enginefsm.rehearsal import chaos
 
 TIMES = int(os.environ.get("ENGINEFSM_ENDINGS", "1"))
-TESTS = Path(__file__).parents[1]
 TOLD_WITHIN_S = 5.0
 """From the exhaustion to the webhook."""
 
@@ -57,7 +57,7 @@ class Manager:
     """Brings two engines up. One is cut off, its bounds are spent, and the manager ends, with no time for more."""
 
     def __init__(self, run, directory, engines, end):
-        monitor = enginefsm.EngineMonitor(run, enginefsm.RetryPolicy(max_attempts=0), export=None)
+        monitor = enginefsm.EngineMonitor(run=run, policy=enginefsm.RetryPolicy(max_attempts=0), export=None)
         adopted = [
             monitor.adopt(engine, name=f"engine-{number}", model="tiny", worker_type="regular", node=f"node-{number}")
             for number, engine in enumerate(engines)
@@ -79,7 +79,7 @@ def operators(clusters, tmp_path_factory):
     """What a team that is on call has: the hub found by Prometheus, and a webhook that is told."""
     directory = tmp_path_factory.mktemp("operators")
     dashboard_files.write(directory)
-    clusters.use(PYTHONPATH=f"{Path(enginefsm.__file__).parents[1]}:{TESTS}")
+    clusters.use(PYTHONPATH=f"{Path(enginefsm.__file__).parents[1]}:{WORKERS_PATH}")
     file_sd = directory / "hub.json"
     running = hub.start(hub.HubSettings(file_sd=str(file_sd)))
     try:

@@ -16,6 +16,7 @@ from pathlib import Path
 import build
 import pytest
 import ray
+from support.clusters import WORKERS_PATH
 from support.engines import held_within, kill, wait_until
 from support.known_faults import Manager
 from support.servers import monitoring
@@ -98,7 +99,7 @@ def step(from_state, to_state, reason, times):
 
 
 STEPS = [
-    step("", "launching", "launched", 12), step("launching", "ready", "init_succeeded", 4),
+    step("", "launching", "adopted", 12), step("launching", "ready", "init_succeeded", 4),
     step("launching", "unavailable", "actor_unavailable", 3), step("unavailable", "ready", "recovered", 1),
     step("unavailable", "dead", "retry_exhausted", 1), step("launching", "dead", "actor_died", 1),
     step("launching", "dead", "out_of_memory", 1), step("launching", "dead", "constructor_failed", 1),
@@ -326,7 +327,7 @@ def watched(clusters, tmp_path_factory):
     """The hub before a real Prometheus, and a manager's two runs: `glm` with faults, `qwen` without."""
     directory = tmp_path_factory.mktemp("watched")
     dashboard_files.write(directory)
-    clusters.use(PYTHONPATH=f"{Path(enginefsm.__file__).parents[1]}:{TESTS}")
+    clusters.use(PYTHONPATH=f"{Path(enginefsm.__file__).parents[1]}:{WORKERS_PATH}")
     file_sd = directory / "hub.json"
     running = hub.start(hub.HubSettings(file_sd=str(file_sd)))
     try:
@@ -404,7 +405,7 @@ def test_the_alert_on_a_dead_engine_says_why_it_died(fleet):
 
 
 def test_what_happened_before_the_first_scrape_is_counted_once(fleet):
-    steps = [step("", "launching", "launched", 2), step("launching", "ready", "init_succeeded", 2)]
+    steps = [step("", "launching", "adopted", 2), step("launching", "ready", "init_succeeded", 2)]
     shown, launches = (QUERIES["bringup.json", title, "A"] for title in ("Transitions", "Launch time"))
     assert_gives(lambda: fleet.ask(shown, all_of("qwen")), steps)
     assert_gives(lambda: fleet.ask(launches, all_of("qwen")), launch_buckets(4.1, 4.1))

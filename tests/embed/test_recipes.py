@@ -93,7 +93,7 @@ class Shop:
             pid = int((self.directory / f"{number}" / "pid").read_text())
             wait_until(lambda pid=pid: chaos.cut(pid), what="a connection to cut")
         engines = enginefsm.default_monitor().engines()
-        wait_until(lambda: all(engine.state is EngineState.UNAVAILABLE for engine in engines), what="the outage")
+        wait_until(lambda: all(engine.fsm.state is EngineState.UNAVAILABLE for engine in engines), what="the outage")
         self.open()
 
     def open(self):
@@ -223,7 +223,7 @@ def test_skyrl(shop, background):
     wrapped = [SkyRLWrapped(shop.start(cls), number) for number in range(2)]
     # was: ray.get([engine.inference_engine_actor.__ray_ready__.remote() for engine in wrapped])
     enginefsm.get([engine.inference_engine_actor.__ray_ready__.remote() for engine in wrapped])
-    assert {engine.state for engine in enginefsm.default_monitor().engines()} == {EngineState.READY}
+    assert {engine.fsm.state for engine in enginefsm.default_monitor().engines()} == {EngineState.READY}
 
     async def generate():
         return await asyncio.gather(*[engine.generate(f"to {number}") for number, engine in enumerate(wrapped)])

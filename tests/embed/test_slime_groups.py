@@ -12,6 +12,7 @@ from support.engines import kill
 
 import enginefsm
 from enginefsm import EngineState, Reason
+from enginefsm._engine.proxy import managed
 from enginefsm.embed import slime
 
 
@@ -33,7 +34,7 @@ class Plain:
 
 @pytest.fixture
 def monitor():
-    return enginefsm.EngineMonitor("test")
+    return enginefsm.EngineMonitor(run="test")
 
 
 @pytest.fixture
@@ -60,9 +61,9 @@ ARGS = SimpleNamespace(
 
 def test_a_group_is_adopted_in_place_and_only_the_new_are_given(group, monitor):
     adopted = slime.adopt_group(group, monitor=monitor)
-    assert [(rank, engine.name) for rank, engine in adopted] == [(4, "Qwen3-4B/decode/4"), (5, "Qwen3-4B/decode/5")]
+    assert [(rank, engine.fsm.name) for rank, engine in adopted] == [(4, "Qwen3-4B/decode/4"), (5, "Qwen3-4B/decode/5")]
     assert [engine for _, engine in adopted] == group.all_engines
-    assert dict(adopted[0][1].labels) == {"model": "Qwen3-4B", "worker_type": "decode", "node": ""}
+    assert dict(adopted[0][1].fsm.labels) == {"model": "Qwen3-4B", "worker_type": "decode", "node": ""}
     assert slime.adopt_group(group, monitor=monitor) == []
     group.all_engines[1] = None
     assert slime.adopt_group(group, monitor=monitor) == []
@@ -70,9 +71,9 @@ def test_a_group_is_adopted_in_place_and_only_the_new_are_given(group, monitor):
 
 def test_a_group_takes_the_model_that_it_is_given_or_the_default(group, monitor):
     slime.adopt_group(group, model="actor", monitor=monitor)
-    assert [engine.name for engine in group.all_engines] == ["actor/decode/4", "actor/decode/5"]
+    assert [engine.fsm.name for engine in group.all_engines] == ["actor/decode/4", "actor/decode/5"]
     group.model_path, group.all_engines[0] = None, start()
-    assert [engine.name for _, engine in slime.adopt_group(group, monitor=monitor)] == ["default/decode/4"]
+    assert [engine.fsm.name for _, engine in slime.adopt_group(group, monitor=monitor)] == ["default/decode/4"]
 
 
 def test_an_actor_that_was_put_in_the_place_of_another_is_its_next_incarnation(group, monitor):
@@ -81,8 +82,8 @@ def test_an_actor_that_was_put_in_the_place_of_another_is_its_next_incarnation(g
     ray.kill(old.handle)
     group.all_engines[0] = start()
     ((rank, engine),) = slime.adopt_group(group, monitor=monitor)
-    assert (rank, engine.name, engine.incarnation) == (4, old.name, 2)
-    assert old.state is EngineState.DEAD
+    assert (rank, engine.fsm.name, engine.fsm.incarnation) == (4, old.fsm.name, 2)
+    assert old.fsm.state is EngineState.DEAD
 
 
 def test_nodes_that_are_not_told_in_time_cost_a_label_and_no_more(group, monitor, monkeypatch):
@@ -102,7 +103,7 @@ def test_nodes_that_are_not_told_in_time_cost_a_label_and_no_more(group, monitor
     finally:
         told.set()
     assert time.monotonic() - began < 10
-    assert [engine.labels["node"] for _, engine in adopted] == ["", ""]
+    assert [engine.fsm.labels["node"] for _, engine in adopted] == ["", ""]
 
 
 def test_a_placeholder_group_has_nothing_to_adopt(monitor):
@@ -126,11 +127,11 @@ def test_what_is_no_group_is_refused_and_named(cluster, monitor):
 def test_engines_of_another_process_are_named_by_their_places(group, monitor):
     first, second = group.all_engines
     engines = slime.adopt_engines([first, second], monitor=monitor)
-    assert [engine.name for engine in engines] == ["default/regular/0", "default/regular/1"]
+    assert [engine.fsm.name for engine in engines] == ["default/regular/0", "default/regular/1"]
     assert monitor.get([engine.get_url.remote() for engine in engines]) == [None, None]
     again = slime.adopt_engines([first, group.all_engines.append(start()) or group.all_engines[-1]], monitor=monitor)
     assert again[0] is engines[0]
-    assert (again[1].name, again[1].incarnation) == ("default/regular/1", 2)
+    assert (again[1].fsm.name, again[1].fsm.incarnation) == ("default/regular/1", 2)
 
 
 def test_a_health_monitor_is_driven_as_slimes_is(group, monitor):
@@ -183,8 +184,8 @@ def started(group, monitor):
 def test_a_pause_keeps_an_engine_that_was_given_up_without_a_verdict(group, monitor):
     health = started(group, monitor)
     engine = group.all_engines[1]
-    assert engine.step(Reason.ACTOR_UNAVAILABLE)
-    assert engine.step(Reason.RETRY_EXHAUSTED)
+    assert managed(engine).step(Reason.ACTOR_UNAVAILABLE)
+    assert managed(engine).step(Reason.RETRY_EXHAUSTED)
     health.pause()
     assert group.all_engines[1] is engine
     assert ray.get(engine.handle.get_url.remote()) is None
@@ -198,13 +199,13 @@ def test_a_pause_ends_an_engine_that_is_known_to_be_dead(group, monitor):
     with pytest.raises(ray.exceptions.ActorDiedError):
         monitor.get(engine.get_url.remote())
     health.pause()
-    assert group.all_engines[0].state is EngineState.READY
+    assert group.all_engines[0].fsm.state is EngineState.READY
     assert group.all_engines[1] is None
     health.stop()
 
 
 def test_an_engine_that_may_not_be_replaced_again_leaves_no_actor_behind_and_the_rest_of_the_group_is_watched_on(group):
-    monitor = enginefsm.EngineMonitor("test", restart_cap=enginefsm.RestartCap(restarts=0))
+    monitor = enginefsm.EngineMonitor(run="test", restart_cap=enginefsm.RestartCap(restarts=0))
     group.all_engines.append(start())
     health = started(group, monitor)
     kept, *lost = list(group.all_engines)
@@ -251,7 +252,7 @@ def test_a_pause_waits_for_the_verdicts_that_are_behind_one_another(group, monit
     monkeypatch.setattr(slime, "VERDICT_S", 3.0)  # shorter than all three, longer than a machine's pause
     monkeypatch.setattr(slime, "_shut_down", shut_down)
     for engine in engines:
-        engine.step(Reason.RETRY_EXHAUSTED)
+        managed(engine).step(Reason.RETRY_EXHAUSTED)
     telling = threading.Thread(target=tell)
     telling.start()
     assert begun.wait(30)

@@ -26,6 +26,7 @@ from support.stopwatch import Stopwatch
 
 import enginefsm
 from enginefsm import CallOutcome, EngineMonitor, Outcome, Reason, export
+from enginefsm._engine.proxy import managed
 from enginefsm.export import EventLog, Http, Hub, PushGateway, Textfile, outbox
 from enginefsm.export.delivery import Delivery
 
@@ -37,7 +38,7 @@ def make_monitor():
     with contextlib.ExitStack() as stack:
 
         def make(*exporters, run="glm"):
-            monitor = EngineMonitor(run, export=exporters)
+            monitor = EngineMonitor(run=run, export=exporters)
             stack.callback(monitor.close)
             return monitor
 
@@ -126,7 +127,7 @@ def test_an_environment_that_cannot_be_understood_is_refused_in_clear_words(envi
 
 def test_a_monitor_exports_nothing_unless_it_is_told_to():
     before = set(threading.enumerate())
-    adopt(EngineMonitor("glm"))
+    adopt(EngineMonitor(run="glm"))
     assert set(threading.enumerate()) <= before
 
 
@@ -140,10 +141,10 @@ def test_events_arrive_in_order_with_their_numbers_and_each_once(make_monitor):
     engine = adopt(monitor)
     for _ in range(50):
         move(monitor, engine, Reason.ACTOR_UNAVAILABLE, Reason.ACTOR_REACHABLE)
-    assert monitor.flush(10)
+    assert monitor.flush(timeout_s=10)
     events = [event for batch in gate.batches for event in batch.events]
     assert [number for number, _ in events] == list(range(1, 102))
-    assert [event.reason for _, event in events][:3] == ["launched", "actor_unavailable", "actor_reachable"]
+    assert [event.reason for _, event in events][:3] == ["adopted", "actor_unavailable", "actor_reachable"]
     assert [batch.seq for batch in gate.batches] == list(range(1, len(gate.batches) + 1))
 
 
@@ -160,9 +161,9 @@ def test_what_was_not_taken_comes_again_with_what_came_since(make_monitor):
     assert once.entered.wait(10)
     move(monitor, engine, Reason.INIT_SUCCEEDED)
     once.open.set()
-    assert monitor.flush(10)
+    assert monitor.flush(timeout_s=10)
     reasons = [event.reason for _, event in once.batches[1].events]
-    assert reasons == ["launched", "init_succeeded"]
+    assert reasons == ["adopted", "init_succeeded"]
     assert errors_of(monitor, "gate") == 1
 
 
@@ -174,12 +175,12 @@ def test_an_exporter_that_hangs_costs_a_bounded_wait_and_no_event_until_the_queu
     assert gate.entered.wait(10)  # with the launch, or before it
     for _ in range(100):
         move(monitor, engine, Reason.ACTOR_UNAVAILABLE, Reason.ACTOR_REACHABLE)
-    assert not monitor.flush(0.01)
+    assert not monitor.flush(timeout_s=0.01)
     dropped = dropped_of(monitor, "gate")
     assert dropped >= 100
     move(monitor, engine, Reason.ACTOR_DIED)
     gate.open.set()
-    assert monitor.flush(10)
+    assert monitor.flush(timeout_s=10)
     events = [event for batch in gate.batches for event in batch.events]
     assert len(events) + dropped_of(monitor, "gate") == 202
     assert events[-1][1].reason is Reason.ACTOR_DIED, "what is dropped is the oldest"
@@ -265,13 +266,13 @@ def test_closing_sends_what_is_left_and_that_this_is_the_end_and_ends_the_thread
     gate = Gate()
     gate.batch_s = 3600.0
     gate.open.set()
-    monitor = EngineMonitor("glm", export=[gate])
+    monitor = EngineMonitor(run="glm", export=[gate])
     before = set(threading.enumerate())
     engine = adopt(monitor)
     wait_until(lambda: gate.batches, what="the first batch")
     assert not set(threading.enumerate()) <= before
     move(monitor, engine, Reason.INIT_SUCCEEDED)
-    monitor.close(60)
+    monitor.close(timeout_s=60)
     assert gate.closed
     assert set(threading.enumerate()) <= before
     assert gate.batches[-1].events[-1][1].reason is Reason.INIT_SUCCEEDED
@@ -312,7 +313,7 @@ def test_closing_does_not_wait_for_an_exporter_that_hangs(make_monitor):
     adopt(monitor)
     assert gate.entered.wait(10)
     with Stopwatch() as stopwatch:
-        monitor.close(0.2)
+        monitor.close(timeout_s=0.2)
         assert stopwatch.s < 1
     gate.open.set()
 
@@ -320,7 +321,7 @@ def test_closing_does_not_wait_for_an_exporter_that_hangs(make_monitor):
 def test_the_interpreter_s_end_is_a_good_end(tmp_path):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from support.bare_handles import bare_handle; import enginefsm\n"
-        "enginefsm.configure('glm'); enginefsm.adopt(bare_handle(), name='one')\n"
+        "enginefsm.configure(run='glm'); enginefsm.adopt(bare_handle(), name='one')\n"
         "raise RuntimeError('the job failed')"
     )
     log = tmp_path / "events.jsonl"
@@ -345,9 +346,11 @@ def test_the_event_log_has_a_line_for_each_transition_and_each_fault(tmp_path, m
     monitor = make_monitor(EventLog(log))
     engine = adopt(monitor, "default/regular/0", node="n1", rank=3)
     for outcome, attempt in ((Outcome.SUCCEEDED, 0), (Outcome.ACTOR_UNAVAILABLE, 0), (Outcome.SUCCEEDED, 1)):
-        monitor._delivery.put(CallOutcome(engine.name, engine.labels, "init", outcome, attempt, 1.5, False, 1, 100.0))
+        monitor._delivery.put(
+            CallOutcome(engine.fsm.name, engine.fsm.labels, "init", outcome, attempt, 1.5, False, 1, 100.0)
+        )
     move(monitor, engine, *DIED)
-    monitor.close(60)
+    monitor.close(timeout_s=60)
     lines = lines_of(log)
     assert [line["kind"] for line in lines] == [
         "begin", "transition", "outcome", "outcome", "transition", "transition", "end",
@@ -358,7 +361,8 @@ def test_the_event_log_has_a_line_for_each_transition_and_each_fault(tmp_path, m
     labels = {"model": "tiny", "worker_type": "regular", "node": "n1", "rank": "3"}
     who = {"engine": "default/regular/0", "labels": labels, "incarnation": 1}
     assert launched == launched | who | {
-        "seq": 1, "from": None, "to": "launching", "reason": "launched", "actor_id": engine.actor_id, "terminal": False,
+        "seq": 1, "from": None, "to": "launching", "reason": "adopted", "terminal": False,
+        "actor_id": managed(engine).actor_id,
     }  # fmt: skip
     assert failed == failed | who | {
         "seq": 3, "at_s": 100.0, "method": "init", "outcome": "actor_unavailable", "attempt": 0, "took_s": 1.5,
@@ -388,7 +392,7 @@ def test_monitors_share_an_event_log_and_a_line_that_was_broken_off_stays_alone(
         for _ in range(20):
             move(monitor, engine, Reason.ACTOR_UNAVAILABLE, Reason.ACTOR_REACHABLE)
     for monitor in monitors:
-        monitor.close(60)
+        monitor.close(timeout_s=60)
     broken, *lines = log.read_text().splitlines()
     assert broken == '{"kind":"transition","run":"old","man'
     by_run = {f"run-{number}": [] for number in range(3)}
@@ -403,7 +407,7 @@ def test_the_end_of_an_engine_is_in_the_event_log_though_the_file_was_lost_befor
     log = tmp_path / "events.jsonl"
     monitor = make_monitor(EventLog(log))
     engine = adopt(monitor)
-    assert monitor.flush(10)
+    assert monitor.flush(timeout_s=10)
     lose(log)
 
     move(monitor, engine, Reason.ACTOR_DIED)
@@ -422,7 +426,7 @@ def test_what_was_dropped_is_told_in_the_event_log(tmp_path, make_monitor, monke
     for _ in range(20):
         move(monitor, engine, Reason.ACTOR_UNAVAILABLE, Reason.ACTOR_REACHABLE)
     directory.mkdir()
-    assert monitor.flush(30)
+    assert monitor.flush(timeout_s=30)
     lines = lines_of(log)
     told = sum(line["events"] for line in lines if line["kind"] == "dropped")
     assert told == dropped_of(monitor, "jsonl") == 41 - sum(line["kind"] == "transition" for line in lines)
@@ -438,13 +442,13 @@ def test_the_textfile_is_whole_for_whoever_reads_it_while_it_is_written(tmp_path
     textfile.batch_s = 0.0
     monitor = make_monitor(textfile)
     engines = [adopt(monitor, f"engine-{number}") for number in range(200)]
-    assert monitor.flush(10)
+    assert monitor.flush(timeout_s=10)
     over = threading.Event()
 
     def keep_writing():
         while not over.is_set():
             move(monitor, engines[0], Reason.ACTOR_UNAVAILABLE, Reason.ACTOR_REACHABLE)
-            monitor.flush(10)
+            monitor.flush(timeout_s=10)
 
     writer = threading.Thread(target=keep_writing)
     writer.start()
@@ -461,7 +465,7 @@ def test_the_textfile_is_whole_for_whoever_reads_it_while_it_is_written(tmp_path
         over.set()
         writer.join()
     assert path.stat().st_mode & 0o777 == 0o644
-    monitor.close(60)
+    monitor.close(timeout_s=60)
     assert list(tmp_path.iterdir()) == [path], "nothing else is left behind"
 
 
@@ -473,7 +477,7 @@ def test_a_textfile_that_cannot_be_written_is_counted_and_written_once_it_can_be
     assert errors_of(monitor, "textfile") >= 1
     assert "export to textfile fails and is tried again: FileNotFoundError" in caplog.text
     path.parent.mkdir()
-    assert monitor.flush(30)
+    assert monitor.flush(timeout_s=30)
     text = path.read_text()
     assert value(text, "enginefsm_engine_state", state="dead") == 1
     assert value(text, "enginefsm_export_errors_total", sink="textfile") >= 1
@@ -495,11 +499,11 @@ def test_a_push_gateway_has_the_end_when_the_wait_for_it_is_over_and_a_new_start
         who = {"job": "enginefsm", "run": "glm/rl", "engine": "two"}
         assert value(text, "enginefsm_engine_state", state="dead", **who) == 1
         assert value(text, "enginefsm_retry_exhausted_timestamp_seconds", **who) == pytest.approx(time.time(), abs=60)
-        monitor.close(60)
+        monitor.close(timeout_s=60)
 
         again = make_monitor(PushGateway(url), run="glm/rl")
         adopt(again, "one")
-        assert again.flush(30)
+        assert again.flush(timeout_s=30)
         text = urllib.request.urlopen(f"{url}/metrics").read().decode()
         assert {dict(labels)["engine"] for name, labels in samples(text) if name == "enginefsm_engine_info"} == {"one"}
 
@@ -510,7 +514,7 @@ def test_a_push_gateway_is_reached_past_a_proxy_that_knows_nothing_of_it(make_mo
     with gateway_that_answers(200) as url:
         monitor = make_monitor(PushGateway(url))
         adopt(monitor)
-        assert monitor.flush(10)
+        assert monitor.flush(timeout_s=10)
         assert errors_of(monitor, "push") == 0
 
 
@@ -550,7 +554,7 @@ def test_a_push_gateway_that_refuses_or_never_answers_costs_a_bounded_wait(gatew
             assert stopwatch.s < 2.1
         wait_until(lambda: said in caplog.text, what="the failure")
         assert errors_of(monitor, "push") >= 1
-        monitor.close(0.1)
+        monitor.close(timeout_s=0.1)
 
 
 # --- HTTP in the process
@@ -560,10 +564,10 @@ def test_the_process_s_own_metrics_are_served_until_it_closes(make_monitor):
     http = Http(0)
     monitor = make_monitor(http)
     move(monitor, adopt(monitor), *DIED)
-    assert monitor.flush(10)
+    assert monitor.flush(timeout_s=10)
     text = urllib.request.urlopen(f"http://127.0.0.1:{http.port}/metrics").read().decode()
     assert value(text, "enginefsm_engine_state", state="dead") == 1
-    monitor.close(60)
+    monitor.close(timeout_s=60)
     assert http.port is None
 
 
@@ -574,19 +578,19 @@ def test_an_address_in_use_is_counted_and_served_at_once_it_is_free(make_monitor
         adopt(monitor)
         wait_until(lambda: "Address already in use" in caplog.text, what="the failure")
         assert errors_of(monitor, "http") >= 1
-    assert monitor.flush(30)
+    assert monitor.flush(timeout_s=30)
     assert http.port is not None
 
 
 def test_the_process_s_monitor_takes_its_exporters_from_the_environment(tmp_path, monkeypatch):
     log = tmp_path / "events.jsonl"
     monkeypatch.setenv("ENGINEFSM_EXPORT", f"jsonl:{log}")
-    monitor = enginefsm.configure("glm")
+    monitor = enginefsm.configure(run="glm")
     enginefsm.adopt(bare_handle(), name="one")
-    monitor.close(60)
+    monitor.close(timeout_s=60)
     assert [line["kind"] for line in lines_of(log)] == ["begin", "transition", "end"]
     monkeypatch.setenv("ENGINEFSM_EXPORT", "hubb")
     with pytest.raises(ValueError, match="there is no exporter 'hubb'"):
-        enginefsm.configure("glm")
+        enginefsm.configure(run="glm")
     monkeypatch.setenv("ENGINEFSM_EXPORT", "none")
     enginefsm.configure()

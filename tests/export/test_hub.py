@@ -24,14 +24,17 @@ import ray
 from prometheus_client import generate_latest
 from ray.exceptions import ActorDiedError
 from support.bare_handles import bare_handle
+from support.clusters import WORKERS_PATH
 from support.engines import Engine, SlowToConstruct, kill, wait_until
 from support.exports import adopt, errors_of, move, samples, value, without_times
 from support.stopwatch import Stopwatch
 
 import enginefsm
 from enginefsm import EngineMonitor, EngineState, LaunchDeadlineError, Reason, RetryPolicy, export
+from enginefsm._engine.proxy import managed
 from enginefsm.cli.status.words import changes, lines
 from enginefsm.export import Hub, HubSettings, PushGateway, hub, read_fleet
+from enginefsm.monitor import ExportedFleet
 
 TESTS = Path(__file__).parents[1]
 numbers = itertools.count()
@@ -40,7 +43,7 @@ numbers = itertools.count()
 @pytest.fixture
 def workers_import(clusters):
     """Ray whose workers have this enginefsm, and the tests' modules."""
-    clusters.use(PYTHONPATH=f"{Path(enginefsm.__file__).parents[1]}:{TESTS}")
+    clusters.use(PYTHONPATH=f"{Path(enginefsm.__file__).parents[1]}:{WORKERS_PATH}")
 
 
 class Namespace:
@@ -56,7 +59,7 @@ class Namespace:
         return Hub(HubSettings(**{"file_sd": str(self.file_sd), **settings}), self.name)
 
     def monitor(self, run="glm", policy=None, **settings):
-        self.monitors.append(EngineMonitor(run, policy, export=[self.exporter(**settings)]))
+        self.monitors.append(EngineMonitor(run=run, policy=policy, export=[self.exporter(**settings)]))
         return self.monitors[-1]
 
     def json(self, run=None):
@@ -109,7 +112,7 @@ def hold(engine, directory):
 def test_the_hub_knows_who_died_and_why_before_the_exception_leaves(place, tmp_path, patience):
     monitor = place.monitor("glm-rl")
     engine, directory = launch(monitor, tmp_path)
-    assert monitor.flush(30)
+    assert monitor.flush(timeout_s=30)
     assert place.json()["runs"][0]["engines"][0]["state"] == "ready"
     call = hold(engine, directory)
     ray.kill(engine.handle)
@@ -119,7 +122,8 @@ def test_the_hub_knows_who_died_and_why_before_the_exception_leaves(place, tmp_p
     assert (run["run"], run["state"], run["phases"]) == ("glm-rl", "alive", {"tiny": "succeeded"})
     (told,) = run["engines"]
     assert (told["engine"], told["state"], told["reason"]) == ("engine-0", "dead", "actor_died")
-    assert (told["node"], told["actor_id"], told["manager"]) == ("n1", engine.actor_id, run["managers"][0]["manager"])
+    assert (told["node"], told["actor_id"]) == ("n1", managed(engine).actor_id)
+    assert told["manager"] == run["managers"][0]["manager"]
     assert told["spent_s"]["ready"] > 0
     assert value(place.get(), "enginefsm_engine_state", run="glm-rl", engine="engine-0", state="dead") == 1
     assert value(place.get(), "enginefsm_transitions_total", from_state="ready", reason="actor_died") == 1
@@ -132,14 +136,14 @@ def test_exhaustion_is_on_the_hub_before_the_exception_leaves_and_after_its_mana
             enginefsm.monitor.FLUSH_S = 60.0  # as `patience` does
             self.monitor = place_monitor()
             engine, _ = launch(self.monitor, tmp_path, ready=False)
-            assert self.monitor.flush(30), "the hub is up, however long that took"
+            assert self.monitor.flush(timeout_s=30), "the hub is up, however long that took"
             try:
                 self.monitor.get(engine.init.remote())
             except LaunchDeadlineError:
                 os._exit(1)
 
     def place_monitor():
-        return EngineMonitor("glm", RetryPolicy(launch_deadline_s=4), export=[Hub(settings, namespace)])
+        return EngineMonitor(run="glm", policy=RetryPolicy(launch_deadline_s=4), export=[Hub(settings, namespace)])
 
     settings, namespace = place.settings, place.name
     with pytest.raises(ActorDiedError):
@@ -156,13 +160,13 @@ def test_the_hub_s_text_is_that_of_the_manager_s_own_registry(place):
     monitor = place.monitor()
     move(monitor, adopt(monitor, "one"), Reason.INIT_SUCCEEDED, Reason.ACTOR_UNAVAILABLE, Reason.RECOVERED)
     move(monitor, adopt(monitor, "two", model="other", node="n"), Reason.ACTOR_UNAVAILABLE, Reason.RETRY_EXHAUSTED)
-    assert monitor.flush(30)
+    assert monitor.flush(timeout_s=30)
     own = generate_latest(monitor.metrics.registry).decode()
     text = place.get()
     assert without_times(text) == without_times(own)
     heartbeat = value(text, "enginefsm_monitor_heartbeat_timestamp_seconds")
     assert heartbeat <= time.time()
-    monitor.close(60)
+    monitor.close(timeout_s=60)
     stopped = value(place.get(), "enginefsm_monitor_stopped_timestamp_seconds")
     assert stopped == pytest.approx(time.time(), abs=60)
     assert place.json()["runs"][0]["state"] == "stopped"
@@ -171,7 +175,7 @@ def test_the_hub_s_text_is_that_of_the_manager_s_own_registry(place):
 def test_the_hub_answers_what_it_has_and_nothing_else(place):
     monitor = place.monitor("a run/with+odd&name")
     adopt(monitor)
-    assert monitor.flush(30)
+    assert monitor.flush(timeout_s=30)
     assert place.get("/-/healthy") == "the enginefsm hub is healthy\n"
     assert [run["run"] for run in json.loads(place.get("/api/v1/fleet?run=a%20run%2Fwith%2Bodd%26name"))["runs"]] == [
         "a run/with+odd&name"
@@ -188,8 +192,8 @@ def test_the_hub_compresses_what_it_serves_for_those_who_ask_for_that(place):
     monitor = place.monitor()
     for number in range(50):
         adopt(monitor, f"engine-{number}")
-    assert monitor.flush(30)
-    monitor.close(60)
+    assert monitor.flush(timeout_s=30)
+    monitor.close(timeout_s=60)
     plain = place.get().encode()
     request = urllib.request.Request(place.url() + "/metrics", headers={"Accept-Encoding": "deflate, gzip;q=0.8"})
     with urllib.request.urlopen(request, timeout=10) as answer:
@@ -202,17 +206,17 @@ def test_the_hub_compresses_what_it_serves_for_those_who_ask_for_that(place):
 def test_prometheus_finds_the_hub_by_its_file_which_goes_when_the_hub_ends_by_itself(place):
     exporter = place.exporter(linger_s=4.0)
     exporter.batch_s = exporter.heartbeat_s = 0.2  # it does not end while it is looked at
-    monitor = EngineMonitor("glm", export=[exporter])
+    monitor = EngineMonitor(run="glm", export=[exporter])
     place.monitors.append(monitor)
     adopt(monitor)
     wait_until(place.file_sd.exists, what="the file")
-    assert monitor.flush(30)
+    assert monitor.flush(timeout_s=30)
     (entry,) = json.loads(place.file_sd.read_text())
     assert entry["labels"] == {"job": "enginefsm"}
     text = urllib.request.urlopen(f"http://{entry['targets'][0]}/metrics").read().decode()
     assert value(text, "enginefsm_engine_info", engine="one") == 1
     assert place.file_sd.stat().st_mode & 0o777 == 0o644
-    monitor.close(60)
+    monitor.close(timeout_s=60)
     wait_until(lambda: hub.find(place.name) is None, what="the hub's end")
     assert not place.file_sd.exists()
     assert place.json() is None
@@ -222,11 +226,11 @@ def test_a_hub_that_was_killed_is_started_again_by_the_next_batch_and_told_every
     monitor = place.monitor()
     engines = [adopt(monitor, f"engine-{number}") for number in range(5)]
     move(monitor, engines[0], Reason.INIT_SUCCEEDED)
-    assert monitor.flush(30)
+    assert monitor.flush(timeout_s=30)
     before = place.pid()
     os.kill(before, signal.SIGKILL)
     move(monitor, engines[1], Reason.INIT_SUCCEEDED)
-    assert monitor.flush(60)
+    assert monitor.flush(timeout_s=60)
     assert place.pid() != before
     run = place.json()["runs"][0]
     assert run["counts"] == {"launching": 3, "ready": 2, "unavailable": 0, "dead": 0}
@@ -237,7 +241,7 @@ def test_a_hub_that_was_killed_is_started_again_by_the_next_batch_and_told_every
 def test_a_hub_that_was_killed_has_the_end_that_comes_next_once_it_is_up_again(place, tmp_path):
     monitor = place.monitor()
     engine, directory = launch(monitor, tmp_path)
-    assert monitor.flush(30)
+    assert monitor.flush(timeout_s=30)
     call = hold(engine, directory)
     since_death = time_from_its_death(monitor)
     os.kill(place.pid(), signal.SIGKILL)
@@ -245,7 +249,7 @@ def test_a_hub_that_was_killed_has_the_end_that_comes_next_once_it_is_up_again(p
     with pytest.raises(ActorDiedError):
         monitor.get(call)
     assert since_death() < 2.1
-    assert monitor.flush(60)
+    assert monitor.flush(timeout_s=60)
     assert place.json()["runs"][0]["counts"]["dead"] == 1
 
 
@@ -277,7 +281,7 @@ def frozen(pid):
 def test_a_frozen_hub_keeps_an_exception_for_two_seconds_at_most_and_replaces_it_never(place, tmp_path):
     monitor = place.monitor()
     engine, directory = launch(monitor, tmp_path)
-    assert monitor.flush(30)
+    assert monitor.flush(timeout_s=30)
     call = hold(engine, directory)
     since_death = time_from_its_death(monitor)
     with frozen(place.pid()):
@@ -286,7 +290,7 @@ def test_a_frozen_hub_keeps_an_exception_for_two_seconds_at_most_and_replaces_it
             monitor.get(call)
         assert since_death() < 2.1
     assert "engine 'engine-0'" in raised.value.__notes__[0]
-    assert monitor.flush(60), "it is told once it goes on"
+    assert monitor.flush(timeout_s=60), "it is told once it goes on"
     assert place.json()["runs"][0]["engines"][0]["state"] == "dead"
     assert errors_of(monitor, "hub") >= 1
 
@@ -300,7 +304,7 @@ def test_all_exporters_together_keep_an_exception_for_two_seconds_at_most(place,
             export.EventLog(tmp_path / "nowhere" / "log"),
             export.Textfile("/proc/x"),
         ]
-        monitor = EngineMonitor("glm", export=exporters)
+        monitor = EngineMonitor(run="glm", export=exporters)
         place.monitors.append(monitor)
         engine, directory = launch(monitor, tmp_path)
         call = hold(engine, directory)
@@ -318,7 +322,7 @@ def test_a_hub_that_cannot_listen_says_why_keeps_what_it_is_told_and_serves_when
         port = taken.getsockname()[1]
         monitor = place.monitor(port=port)
         engine = adopt(monitor)
-        assert monitor.flush(30), "what is sent is acknowledged"
+        assert monitor.flush(timeout_s=30), "what is sent is acknowledged"
         known = place.json()
         assert known["hub"]["address"] is None
         assert known["hub"]["problem"] == (
@@ -330,7 +334,7 @@ def test_a_hub_that_cannot_listen_says_why_keeps_what_it_is_told_and_serves_when
         move(monitor, engine, Reason.INIT_SUCCEEDED)
     wait_until(lambda: place.json()["hub"]["problem"] is None, what="the port")
     assert place.url() == f"http://127.0.0.1:{port}"
-    assert monitor.flush(30)
+    assert monitor.flush(timeout_s=30)
     assert value(place.get(), "enginefsm_engine_state", state="ready") == 1
 
 
@@ -338,7 +342,7 @@ def test_a_file_for_prometheus_that_cannot_be_written_is_told_and_the_hub_serves
     missing = tmp_path / "not there" / "enginefsm.json"
     monitor = place.monitor(file_sd=str(missing))
     adopt(monitor)
-    assert monitor.flush(30)
+    assert monitor.flush(timeout_s=30)
     about = place.json()["hub"]
     assert "set ENGINEFSM_HUB_FILE_SD to a file in a directory that it may write to" in about["problem"]
     assert "No such file or directory" in about["problem"]
@@ -352,21 +356,21 @@ class Sender:
 
     def __init__(self, number, settings, namespace):
         self.number = number
-        self.monitor = EngineMonitor("glm", export=[Hub(settings, namespace)])
+        self.monitor = EngineMonitor(run="glm", export=[Hub(settings, namespace)])
         self.engines = [adopt(self.monitor, f"engine-{number}-{n}", node=f"n{n}") for n in range(self.ENGINES)]
-        assert self.monitor.flush(60)
+        assert self.monitor.flush(timeout_s=60)
 
     def run(self, die_at=None, told=None):
         for step in range(self.STEPS):
             for engine in self.engines:
                 move(self.monitor, engine, Reason.ACTOR_UNAVAILABLE, Reason.ACTOR_REACHABLE)
             if step % 20 == 0:
-                assert self.monitor.flush(60)
+                assert self.monitor.flush(timeout_s=60)
             if step == die_at:
                 Path(told).write_text(str(step - self.UNACKNOWLEDGED + 1))
                 os.kill(os.getpid(), signal.SIGKILL)
         move(self.monitor, self.engines[0], Reason.INIT_SUCCEEDED)
-        assert self.monitor.flush(60)
+        assert self.monitor.flush(timeout_s=60)
 
 
 def test_of_twenty_managers_that_send_at_once_nothing_is_lost_or_counted_twice_though_one_dies(place, tmp_path):
@@ -397,10 +401,10 @@ def test_of_twenty_managers_that_send_at_once_nothing_is_lost_or_counted_twice_t
             for (name, labels), one in samples(text).items()
             if name == "enginefsm_transitions_total" and dict(labels)["reason"] == reason
         )
-        for reason in ("launched", "actor_unavailable", "actor_reachable", "init_succeeded")
+        for reason in ("adopted", "actor_unavailable", "actor_reachable", "init_succeeded")
     }
     assert counted == {
-        "launched": 20 * Sender.ENGINES, "actor_unavailable": turns, "actor_reachable": turns, "init_succeeded": 19,
+        "adopted": 20 * Sender.ENGINES, "actor_unavailable": turns, "actor_reachable": turns, "init_succeeded": 19,
     }  # fmt: skip
     assert value(text, "enginefsm_engines_expected") == 20 * Sender.ENGINES
     run = place.json()["runs"][0]
@@ -413,13 +417,13 @@ def test_a_report_sent_again_changes_nothing(place):
     monitor = place.monitor()
     engine = adopt(monitor)
     move(monitor, engine, Reason.ACTOR_UNAVAILABLE, Reason.ACTOR_REACHABLE)
-    assert monitor.flush(30)
-    monitor.close(60)
+    assert monitor.flush(timeout_s=30)
+    monitor.close(timeout_s=60)
     before = samples(place.get())
     handle = hub.find(place.name)
     exports = export.Exports([], monitor)
     batch = export.Batch("glm", exports.manager, time.time(), 7, (), 0, False, 0.0)
-    report = hub._report(monitor, batch, "host", None)
+    report = hub._report(ExportedFleet(monitor), batch, "host", None)
     assert ray.get(handle.accept.remote(report))["known"]
     once = samples(place.get())
     assert once[_unavailable()] == 2 * before[_unavailable()], "another manager, with the same counts"
@@ -439,11 +443,11 @@ def _unavailable():
 def test_inside_ray_the_process_s_monitor_exports_to_the_hub_by_default(workers_import, tmp_path, monkeypatch):
     monkeypatch.delenv("ENGINEFSM_EXPORT", raising=False)
     monkeypatch.setenv("ENGINEFSM_HUB_FILE_SD", str(tmp_path / "sd.json"))
-    monitor = enginefsm.configure("by default")
+    monitor = enginefsm.configure(run="by default")
     try:
         assert hub.find() is None, "not before the first engine"
         enginefsm.adopt(bare_handle(), name="one")
-        assert monitor.flush(30)
+        assert monitor.flush(timeout_s=30)
         assert read_fleet()["runs"][0]["run"] == "by default"
         assert json.loads((tmp_path / "sd.json").read_text())
     finally:
@@ -460,7 +464,7 @@ class ManagerInAnActor:
     def __init__(self, settings, namespace, log):
         self.log = Path(log)
         atexit.register(self.note, "exit handlers ran")
-        self.monitor = EngineMonitor("glm", export=[Hub(settings, namespace)])
+        self.monitor = EngineMonitor(run="glm", export=[Hub(settings, namespace)])
         adopt(self.monitor)
 
     def note(self, text):
@@ -468,7 +472,7 @@ class ManagerInAnActor:
             log.write(f"{text}\n")
 
     def up(self):
-        return self.monitor.flush(30)
+        return self.monitor.flush(timeout_s=30)
 
     def leave(self):
         ray.actor.exit_actor()
@@ -540,12 +544,12 @@ def slow_start(*settings):
 
 hub.start = slow_start
 with conftest.local_ray(PYTHONPATH={path!r}):
-    monitor = enginefsm.EngineMonitor("glm", export=[Hub(HubSettings(file_sd=""))])
+    monitor = enginefsm.EngineMonitor(run="glm", export=[Hub(HubSettings(file_sd=""))])
     engine = monitor.adopt(bare_handle(), name="one")
     if {freeze}:
-        assert monitor.flush(120)
+        assert monitor.flush(timeout_s=120)
         os.kill(read_fleet()["hub"]["pid"], signal.SIGSTOP)
-        engine.step(enginefsm.Reason.INIT_SUCCEEDED)
+        managed(engine).step(enginefsm.Reason.INIT_SUCCEEDED)
     time.sleep({pause_s})
     if not {by_exit}:
         ray.shutdown()
@@ -571,7 +575,7 @@ ENDS = {
 @pytest.fixture(scope="module")
 def ending(tmp_path_factory):
     """A process for each of `ENDS`, side by side, each with a cluster of its own; and the file that it leaves."""
-    path = f"{Path(enginefsm.__file__).parents[1]}:{TESTS}"
+    path = f"{Path(enginefsm.__file__).parents[1]}:{WORKERS_PATH}"
     started = {}
     for name, case in ENDS.items():
         done = tmp_path_factory.mktemp("ending") / "done"
@@ -632,14 +636,14 @@ def test_the_hub_tells_of_earlier_incarnations(place, tmp_path):
         monitor.get(first.init.remote())
     (tmp_path / "again").mkdir()
     second, _ = launch(monitor, tmp_path / "again", ready=False)
-    assert monitor.flush(30)
+    assert monitor.flush(timeout_s=30)
     (engine,) = place.json()["runs"][0]["engines"]
     assert engine["incarnation"] == 2
     (past,) = engine["past"]
     dead_s = past.pop("dead_s")
     assert past == {
-        "incarnation": 1, "actor_id": first.actor_id, "reason": "actor_died",
-        "launched_s": pytest.approx(dead_s, abs=60), "ready_s": None,
+        "incarnation": 1, "actor_id": managed(first).actor_id, "reason": "actor_died",
+        "adopted_s": pytest.approx(dead_s, abs=60), "ready_s": None,
     }  # fmt: skip
     ray.kill(second.handle)
 
@@ -647,7 +651,7 @@ def test_the_hub_tells_of_earlier_incarnations(place, tmp_path):
 def test_scrapes_and_reports_do_not_wait_for_one_another(place):
     monitor = place.monitor()
     engines = [adopt(monitor, f"default/regular/{number}", node=f"n{number}") for number in range(1000)]
-    assert monitor.flush(60)
+    assert monitor.flush(timeout_s=60)
     url = place.url()
     over = threading.Event()
     texts = []
@@ -662,7 +666,7 @@ def test_scrapes_and_reports_do_not_wait_for_one_another(place):
     try:
         for engine in engines[:50]:
             move(monitor, engine, Reason.INIT_SUCCEEDED)
-            assert monitor.flush(30)
+            assert monitor.flush(timeout_s=30)
     finally:
         over.set()
         scraper.join()
@@ -673,16 +677,16 @@ def test_scrapes_and_reports_do_not_wait_for_one_another(place):
 
 
 def test_after_ray_s_shutdown_the_process_s_monitor_begins_anew(clusters, tmp_path, monkeypatch):
-    path = f"{Path(enginefsm.__file__).parents[1]}:{TESTS}"
+    path = f"{Path(enginefsm.__file__).parents[1]}:{WORKERS_PATH}"
     monkeypatch.setenv("ENGINEFSM_EXPORT", "hub")
     monkeypatch.setenv("ENGINEFSM_HUB_FILE_SD", str(tmp_path / "sd.json"))
-    enginefsm.configure("twice")
+    enginefsm.configure(run="twice")
     try:
         for _ in range(2):
             clusters.use(PYTHONPATH=path)
             engine = enginefsm.adopt(bare_handle(), name="one")
-            assert engine.incarnation == 1
-            assert enginefsm.default_monitor().flush(30)
+            assert engine.fsm.incarnation == 1
+            assert enginefsm.default_monitor().flush(timeout_s=30)
             (run,) = read_fleet()["runs"]
             assert (run["run"], len(run["engines"])) == ("twice", 1)
             clusters.close()

@@ -14,6 +14,7 @@ from support.bare_handles import bare_handle
 from support.exports import samples, value, without_times
 
 from enginefsm import EngineMonitor, Reason
+from enginefsm._engine.proxy import managed
 from enginefsm.export.fleet import PROTOCOL, SILENT_S, FleetTable, counts, row
 from enginefsm.export.hub import COMPRESSION
 
@@ -41,7 +42,7 @@ class Manager:
 
     def __init__(self, table, clock, run="glm", number=0):
         self.table, self.clock, self.number = table, clock, number
-        self.monitor = EngineMonitor(run)
+        self.monitor = EngineMonitor(run=run)
         self.seq = itertools.count(1)
         self.engines = {}
         self.stopped_s = 0.0
@@ -56,7 +57,7 @@ class Manager:
 
     def move(self, name, *reasons):
         for reason in reasons:
-            assert self.engines[name].step(reason)
+            assert managed(self.engines[name]).step(reason)
         self.monitor._delivery.deliver()
         return self
 
@@ -66,7 +67,7 @@ class Manager:
         return {
             "protocol": PROTOCOL, "run": self.monitor.run, "manager": f"manager-{self.number}",
             "seq": next(self.seq) if seq is None else seq, "full": names is None,
-            "rows": [row(engine.snapshot()) for engine in present if engine is not None],
+            "rows": [row(managed(engine).snapshot()) for engine in present if engine is not None],
             "gone": [name for name in names or () if self.monitor.engine(name) is None],
             "counts": counts(self.monitor.metrics.collect_counts()), "held": self.held,
             "job": self.job, "started_s": 900.0, "heartbeat_s": self.clock.now, "stopped_s": self.stopped_s,
@@ -292,7 +293,7 @@ def test_the_json_says_what_is_known_of_each_engine(table, manager, clock):
     one = manager("glm-rl").adopt("a", node="n1", rank=3).adopt("b", model="other").move("a", Reason.INIT_SUCCEEDED)
     manager("idle").send()
     one.move("a", Reason.ACTOR_UNAVAILABLE).send()
-    since_s = one.engines["a"].state_since
+    since_s = one.engines["a"].fsm.since
     clock.now = since_s + 12.5
     answer = table.as_json()
     assert (answer["version"], answer["now_s"], [run["run"] for run in answer["runs"]]) == (
@@ -308,7 +309,7 @@ def test_the_json_says_what_is_known_of_each_engine(table, manager, clock):
         "engine": "a", "model": "tiny", "worker_type": "regular", "node": "n1",
         "labels": {"model": "tiny", "worker_type": "regular", "node": "n1", "rank": "3"},
         "state": "unavailable", "reason": "actor_unavailable", "since_s": since_s, "in_state_s": pytest.approx(12.5),
-        "incarnation": 1, "actor_id": one.engines["a"].actor_id, "ever_ready": True, "manager": "manager-0",
+        "incarnation": 1, "actor_id": managed(one.engines["a"]).actor_id, "ever_ready": True, "manager": "manager-0",
         "stage": None, "past": [],
     }  # fmt: skip
     assert list(spent) == ["launching", "ready"]
@@ -341,7 +342,7 @@ def test_ten_thousand_engines_as_slime_names_them_are_eight_and_a_half_megabytes
     for number in range(10_000):
         one.adopt(f"default/regular/{number}", model="GLM-4.6-FP8", node=f"10.0.{number // 256}.{number % 256}")
     for engine in random.Random(1).sample(list(one.engines.values()), 5_000):
-        engine.step(Reason.INIT_SUCCEEDED)
+        managed(engine).step(Reason.INIT_SUCCEEDED)
     one.send()
     text = table.text()
     # Six lines an engine, of which the names and labels alone are 8.3 MB.

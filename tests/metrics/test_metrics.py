@@ -21,7 +21,7 @@ from support.bare_handles import bare_handle
 
 import enginefsm
 from enginefsm import CallOutcome, EngineMonitor, EngineState, Outcome, Reason, Transition
-from enginefsm._engine.engine import EngineSnapshot
+from enginefsm._engine.managed import EngineSnapshot
 from enginefsm.metrics.collector import FleetMetrics
 
 G = ("run", "model", "worker_type")
@@ -64,7 +64,7 @@ class Engine:
     )
     state: EngineState = EngineState.LAUNCHING
     state_since: float = 1000.5
-    reason: Reason = Reason.LAUNCHED
+    reason: Reason = Reason.ADOPTED
     actor_id: str = "abc"
     incarnation: int = 1
     ever_ready: bool = False
@@ -92,7 +92,7 @@ class Fleet:
         self.metrics(CallOutcome("e", self.engines[0].labels, method, outcome, attempt, took_s, probe, 1, 0.0))
 
     def launch(self):
-        self.step(None, EngineState.LAUNCHING, Reason.LAUNCHED)
+        self.step(None, EngineState.LAUNCHING, Reason.ADOPTED)
 
     def families(self):
         return {family.name: family for family in families(self.metrics)}
@@ -173,7 +173,7 @@ def test_counters_stand_at_nought_before_anything_happens(fleet):
     fleet.metrics.expect_calls(fleet.engines[0].labels, "init")
     fleet.metrics.expect_listener(unwell)
 
-    assert fleet.value("transitions_total", reason="launched") == 1
+    assert fleet.value("transitions_total", reason="adopted") == 1
     assert fleet.value("transitions_total", from_state="launching", to_state="dead", reason="actor_died") == 0
     assert fleet.value("transitions_total", from_state="unavailable", to_state="ready") == 0
     assert fleet.value("retry_exhausted_total", reason="retry_exhausted") == 0
@@ -201,7 +201,7 @@ def test_an_engine_without_the_labels_is_counted_under_empty_ones(fleet):
     fleet.engines = [Engine(labels={})]
     fleet.launch()
 
-    assert fleet.value("transitions_total", model="", worker_type="", reason="launched") == 1
+    assert fleet.value("transitions_total", model="", worker_type="", reason="adopted") == 1
     assert fleet.value("engines_expected", model="", worker_type="") == 1
 
 
@@ -303,7 +303,7 @@ def test_the_series_of_an_engine_go_away_with_it(fleet):
     fleet.launch()
     fleet.engines = []
 
-    assert fleet.value("transitions_total", reason="launched") == 1
+    assert fleet.value("transitions_total", reason="adopted") == 1
     assert [s for family in fleet.families().values() for s in family.samples if "engine" in s.labels] == []
     assert fleet.value("engines_expected") is None
 
@@ -356,8 +356,8 @@ def test_fleets_of_one_process_do_not_meet_and_nothing_is_in_the_global_registry
     other.launch()
     one.launch()
 
-    assert one.value("transitions_total", reason="launched") == 2
-    assert other.value("transitions_total", reason="launched") == 1
+    assert one.value("transitions_total", reason="adopted") == 2
+    assert other.value("transitions_total", reason="adopted") == 1
     assert "enginefsm" not in generate_latest(REGISTRY).decode()
 
 
@@ -366,7 +366,7 @@ def test_fleets_of_one_process_do_not_meet_and_nothing_is_in_the_global_registry
 
 @pytest.fixture
 def monitor():
-    return EngineMonitor("run")
+    return EngineMonitor(run="run")
 
 
 def test_an_adopted_engine_has_its_counters_at_nought_and_a_released_one_has_no_series(monitor):
@@ -395,7 +395,7 @@ def test_metrics_are_served_on_loopback_until_closed(monitor):
 
 
 def test_two_monitors_serve_side_by_side_and_a_port_in_use_is_an_error(monitor):
-    server, other = monitor.serve_metrics(0), EngineMonitor("other").serve_metrics(0)
+    server, other = monitor.serve_metrics(0), EngineMonitor(run="other").serve_metrics(0)
     try:
         assert server.port != other.port
         with pytest.raises(OSError, match="in use"):
@@ -418,7 +418,7 @@ def test_a_listener_that_raises_is_logged_and_counted_and_costs_the_others_nothi
         engine = monitor.adopt(bare_handle(), name="e")
         monitor.release(engine)
 
-    assert [event.reason for event in heard] == [Reason.LAUNCHED, Reason.RELEASED]
+    assert [event.reason for event in heard] == [Reason.ADOPTED, Reason.RELEASED]
     assert value(monitor.metrics, "export_errors_total", sink="bad_listener") == 2
     assert [record.exc_info[1].args for record in caplog.records] == [("no",), ("no",)]
     assert "bad_listener" in caplog.text
@@ -438,7 +438,7 @@ def test_what_a_listener_does_to_the_fleet_is_told_after_what_it_heard(monitor):
 
     def releases_the_first(event):
         heard.append((event.engine, event.reason))
-        if event.engine == "second" and event.reason is Reason.LAUNCHED:
+        if event.engine == "second" and event.reason is Reason.ADOPTED:
             monitor.release(engines["first"])
             heard.append("done")
 
@@ -446,7 +446,7 @@ def test_what_a_listener_does_to_the_fleet_is_told_after_what_it_heard(monitor):
     monitor.add_listener(releases_the_first)
     monitor.adopt(bare_handle(), name="second")
 
-    assert heard == [("second", Reason.LAUNCHED), "done", ("first", Reason.RELEASED)]
+    assert heard == [("second", Reason.ADOPTED), "done", ("first", Reason.RELEASED)]
 
 
 def test_events_of_two_threads_come_one_at_a_time_all_of_them_and_each_engines_in_order(monitor):
@@ -477,7 +477,7 @@ def test_events_of_two_threads_come_one_at_a_time_all_of_them_and_each_engines_i
     for prefix in "ab":
         told = [(event.engine, event.reason) for event in heard if event.engine.startswith(prefix)]
         assert told == [
-            (f"{prefix}{number}", reason) for number in range(100) for reason in (Reason.LAUNCHED, Reason.RELEASED)
+            (f"{prefix}{number}", reason) for number in range(100) for reason in (Reason.ADOPTED, Reason.RELEASED)
         ]
 
 
@@ -519,7 +519,7 @@ def test_the_module_serves_the_metrics_of_the_processs_monitor(monkeypatch):
 def test_the_environment_of_a_multiprocess_client_changes_nothing(tmp_path):
     script = """
 import enginefsm, prometheus_client
-monitors = [enginefsm.EngineMonitor("same") for _ in range(2)]
+monitors = [enginefsm.EngineMonitor(run="same") for _ in range(2)]
 monitors[0].metrics.listener_failed(print)
 name, labels = "enginefsm_export_errors_total", {"run": "same", "sink": "print"}
 print([monitor.metrics.registry.get_sample_value(name, labels) for monitor in monitors])

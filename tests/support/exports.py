@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from enginefsm._engine.proxy import managed
 from support.bare_handles import bare_handle
 
 
@@ -13,7 +14,7 @@ def adopt(monitor, name="one", **labels):
 
 def move(monitor, engine, *reasons):
     for reason in reasons:
-        assert engine.step(reason), f"{engine!r} does not move for {reason}"
+        assert managed(engine).step(reason), f"{engine!r} does not move for {reason}"
     monitor._delivery.deliver()
 
 

@@ -65,7 +65,7 @@ async def each_alone(calls):
 def gathered(monitor):
     async def gather(calls):
         try:
-            return await monitor.gather(calls)
+            return await monitor.gather(*calls)
         except ActorUnavailableError as error:
             return error
 
@@ -103,7 +103,7 @@ async def recovered(monitor, together, engines=ENGINES):
     while any(len(handle.out) < 2 for handle in handles):
         await asyncio.sleep(0.01)
     with contextlib.suppress(GetTimeoutError), mock.patch("ray.wait", lambda refs, **_: ([], refs)):
-        await monitor.gather(calls, timeout=0.1)
+        await monitor.gather(*calls, timeout=0.1)
     in_a_thread(lambda: [handle.answer(n) for n, handle in enumerate(handles)])
     return await waiting
 

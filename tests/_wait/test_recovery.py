@@ -18,7 +18,7 @@ from enginefsm import EngineState, Outcome, Reason, RetryPolicy
 from enginefsm.rehearsal import chaos
 
 LAUNCHING, READY, UNAVAILABLE, DEAD = EngineState
-LAUNCHED = (None, LAUNCHING, Reason.LAUNCHED)
+LAUNCHED = (None, LAUNCHING, Reason.ADOPTED)
 LOST = (LAUNCHING, UNAVAILABLE, Reason.ACTOR_UNAVAILABLE)
 BACK = (UNAVAILABLE, READY, Reason.RECOVERED)
 
@@ -52,7 +52,7 @@ def test_a_cut_before_init_runs_costs_nothing(fleet):
     holding = rig.engine.handle.hold.remote()
     rig.wait_for("held")
     launch = fleet.in_background(rig.engine.init.remote())
-    rig.cut_until(lambda: rig.engine.state is UNAVAILABLE)
+    rig.cut_until(lambda: rig.engine.fsm.state is UNAVAILABLE)
     assert rig.times_init_began() == 0
     rig.open("let_go")
     rig.open()
@@ -198,7 +198,7 @@ def test_many_cuts_leave_one_waiter_in_a_threaded_engine(fleet):
     rig.wait_for("begun")
     for attempts in range(1, 5):
         rig.cut_until(lambda n=attempts: len(fleet.outcomes(rig.engine)) >= n)
-        wait_until(lambda: launch.done() or rig.engine.state is UNAVAILABLE)
+        wait_until(lambda: launch.done() or rig.engine.fsm.state is UNAVAILABLE)
     # Of three threads init has one and the newest re-await another; older re-awaits have left theirs.
     assert fleet.monitor.get(rig.engine.times_init_ran.remote(), timeout=30) == 1
     rig.open()
@@ -209,7 +209,7 @@ def test_a_get_that_timed_out_is_called_again(fleet):
     rig = fleet.launch()
     call = rig.engine.init.remote()
     rig.wait_for("begun")
-    with pytest.raises(GetTimeoutError, match=rig.engine.name):
+    with pytest.raises(GetTimeoutError, match=rig.engine.fsm.name):
         fleet.monitor.get(call, timeout=0.1)
     rig.cut()
 
@@ -303,7 +303,7 @@ def test_outcomes_that_arrived_are_forgotten_by_the_actor(fleet):
 
 
 def test_a_plain_launch_reference_is_asked_after_by_the_probe(fleet):
-    rig = fleet.launch(adopt={"probe": "launched"})
+    rig = fleet.launch(adopt={"launched_if": "launched"})
     ref = rig.engine.handle.init.remote()
     launch = fleet.in_background(ref)
     rig.wait_for("begun")
@@ -313,7 +313,7 @@ def test_a_plain_launch_reference_is_asked_after_by_the_probe(fleet):
     assert launch.result(60) is True
     assert fleet.steps(rig.engine) == [LAUNCHED, LOST, BACK]
     assert fleet.monitor.get(ref) is True, "a second look at the lost reference must not say anything new"
-    assert rig.engine.state is READY
+    assert rig.engine.fsm.state is READY
 
 
 @pytest.mark.parametrize(
@@ -324,14 +324,14 @@ def test_a_plain_launch_reference_is_asked_after_by_the_probe(fleet):
     ],
 )
 def test_a_probe_may_be_a_function_and_is_asked_again_while_it_says_not_yet_or_raises(fleet, probe):
-    rig = fleet.launch(max_concurrency=2, adopt={"probe": probe})
+    rig = fleet.launch(max_concurrency=2, adopt={"launched_if": probe})
     launch = fleet.in_background(rig.engine.handle.init.remote())
     rig.wait_for("begun")
     rig.cut()
     fleet.wait_for(lambda: (UNAVAILABLE, LAUNCHING, Reason.ACTOR_REACHABLE) in fleet.steps(rig.engine))
     rig.open()
     assert launch.result(60)
-    assert rig.engine.state is READY
+    assert rig.engine.fsm.state is READY
     assert rig.times_init_began() == 1
 
 
@@ -342,17 +342,17 @@ def test_a_plain_reference_without_a_probe_passes_the_error_on_after_the_state_h
     rig.cut()
     with pytest.raises(ActorUnavailableError) as raised:
         fleet.monitor.get(ref)
-    assert rig.engine.state is UNAVAILABLE
+    assert rig.engine.fsm.state is UNAVAILABLE
     assert "never recovers" in "\n".join(raised.value.__notes__)
     rig.open()
     fleet.monitor.get(rig.engine.times_init_ran.remote())
     with pytest.raises(ActorUnavailableError):
         fleet.monitor.get(ref)
-    assert rig.engine.state is LAUNCHING, "an old failure was taken for a new one"
+    assert rig.engine.fsm.state is LAUNCHING, "an old failure was taken for a new one"
 
 
 def test_a_probe_goes_on_after_a_get_that_timed_out_and_for_several_waiters(fleet):
-    rig = fleet.launch(adopt={"probe": "launched"})
+    rig = fleet.launch(adopt={"launched_if": "launched"})
     ref = rig.engine.handle.init.remote()
     rig.wait_for("begun")
     rig.cut()
@@ -361,7 +361,7 @@ def test_a_probe_goes_on_after_a_get_that_timed_out_and_for_several_waiters(flee
     launches = [fleet.in_background([ref, ref]) for _ in range(2)]
     rig.open()
     assert [launch.result(60) for launch in launches] == [[True, True]] * 2
-    assert rig.engine.state is READY
+    assert rig.engine.fsm.state is READY
 
 
 def test_another_plain_reference_is_not_taken_for_a_launch_that_was_called(fleet):
@@ -369,10 +369,10 @@ def test_another_plain_reference_is_not_taken_for_a_launch_that_was_called(fleet
     launch = fleet.in_background(rig.engine.init.remote())
     rig.wait_for("begun")
     assert fleet.monitor.get(rig.engine.handle.times_init_ran.remote()) == 1
-    assert rig.engine.state is LAUNCHING
+    assert rig.engine.fsm.state is LAUNCHING
     with pytest.raises(ValueError, match="text"):
         fleet.monitor.get(rig.engine.handle.fail.remote("text"))
-    assert rig.engine.state is LAUNCHING
+    assert rig.engine.fsm.state is LAUNCHING
     rig.open()
     launch.result(60)
 
@@ -389,7 +389,7 @@ def test_an_old_answer_does_not_bring_an_engine_back(fleet):
         rig.cut()
         fleet.wait_for_state(rig.engine, UNAVAILABLE)
         assert fleet.monitor.get([ref, call]) == [1, 1]
-        assert rig.engine.state is UNAVAILABLE
+        assert rig.engine.fsm.state is UNAVAILABLE
     rig.open("let_go")
     held.result(60)
 
@@ -407,7 +407,7 @@ def test_an_engine_that_restores_its_own_state_is_the_same_engine(fleet):
     rig = fleet.launch(adopt={"launch": "init_and_restore"})
     fleet.monitor.get(rig.engine.init_and_restore.remote())
     assert fleet.monitor.get(rig.engine.times_init_ran.remote()) == 0
-    assert rig.engine.state is READY
+    assert rig.engine.fsm.state is READY
 
 
 @pytest.mark.parametrize("policy", [RetryPolicy(budget_s=6, cap_s=1)])

@@ -52,6 +52,11 @@ def fleet(cluster, make_fleet, way):
         yield fleet
         return
     loop = Loop(new_loop)
-    fleet.monitor.get = lambda calls, timeout=None: loop.run(fleet.monitor.gather(calls, timeout))
+
+    def get(calls, *, timeout=None):
+        values = loop.run(fleet.monitor.gather(*(calls if isinstance(calls, list) else [calls]), timeout=timeout))
+        return values if isinstance(calls, list) else values[0]
+
+    fleet.monitor.get = get
     yield fleet
     loop.close()

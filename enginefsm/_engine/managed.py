@@ -1,4 +1,4 @@
-"""One adopted engine: its actor's handle, its record, and the lock around it."""
+"""One adopted engine as the library sees it: its actor, its record, and the lock around the record."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ray import ObjectRef
-from ray.actor import ActorHandle, ActorMethod
+from ray.actor import ActorHandle
 
-from enginefsm._calls.calls import Awaited, EngineMethod, Ledger, PlainRef
+from enginefsm._calls.calls import Awaited, Awaiter, LaunchedIf, Ledger, PlainRef
 from enginefsm._ray import handles as _ray_handles
 from enginefsm.fsm.incarnations import FIRST, INCARNATIONS_KEPT, Incarnation, Lineage
 from enginefsm.fsm.outcomes import Outcome, reason_for
@@ -24,9 +24,6 @@ from enginefsm.policy import HELD_S, Outage, RetryPolicy
 PLAIN_REFS_KEPT = 100  # an engine
 BY_CONSTRUCTOR = "__ray_ready__"
 """The launch method of an engine that its constructor makes ready: Ray's own, which any actor answers."""
-
-Probe = str | Callable[[Any], Any]
-"""A method of the actor, by name, or a function of the actor instance, that says whether the launch succeeded."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,32 +45,48 @@ class EngineSnapshot:
     """How far its launch is, or was when its deadline passed; None when that is not known."""
     past: tuple[Incarnation, ...]
     """What became of those before it under its name, oldest first."""
+    detail: str = ""
+    """What happened when it entered the state, in one line."""
 
 
-class MonitoredEngine:
-    """An engine actor under a monitor. What it does not have itself, it forwards to the actor's handle.
+def _nobody() -> None:
+    return None
 
-    It pickles as the plain `ActorHandle`, and equals it. A method of the actor that has the name of something here is
-    reached through `engine.handle`.
+
+class ManagedEngine:
+    """One incarnation of an engine. Thread-safe.
+
+    Every change of state happens under the engine's lock and is emitted there, so that an engine's transitions keep
+    their order. The monitor delivers them later, outside the lock.
+
+    Args:
+        handle: The actor.
+        record: The record of the incarnation.
+        launch: The method whose outcome says whether the engine launched.
+        launched_if: The check for a launch that was called on the plain handle, if there is one.
+        emit: Takes each transition. It must not block.
+        awaiter: The monitor, which awaits the engine's calls.
+        lineage: The earlier incarnations of the name.
     """
 
     __slots__ = (
         "_again_at",
+        "_emit",
         "_lock",
-        "_on_step",
         "_outage",
         "_plain_refs",
         "_record",
         "_resting",
         "_wakers",
+        "awaiter",
         "handle",
         "launch",
         "launch_called",
+        "launched_if",
         "ledger",
         "lineage",
         "on_loop",
-        "owner",
-        "probe",
+        "proxy",
         "stage",
     )
 
@@ -82,46 +95,44 @@ class MonitoredEngine:
         handle: ActorHandle[Any],
         record: EngineRecord,
         launch: str,
-        probe: Probe | None,
-        on_step: Callable[[Transition], None],
-        owner: Any = None,
+        launched_if: LaunchedIf | None,
+        emit: Callable[[Transition], None],
+        awaiter: Awaiter | None = None,
         lineage: Lineage = FIRST,
     ) -> None:
-        self.owner = owner
-        """The monitor that adopted it."""
         self.handle = handle
-        """The plain handle, for what takes nothing else (`ray.kill`)."""
         self.launch = launch
-        """The name of the method that launches it."""
-        self.probe = probe
-        """What says whether it launched, where a plain reference to the launch failed."""
-        self.on_loop = _ray_handles.is_monitored(handle)
-        """Whether its actor is an asyncio actor."""
+        self.launched_if = launched_if
+        self.awaiter = awaiter
         self.lineage = lineage
-        """What became of those before it under its name."""
+        self.on_loop = _ray_handles.is_monitored(handle)
+        """Whether the actor is an asyncio actor."""
         self.ledger = Ledger()
         self.launch_called = False
-        """Whether the launch method was called through this engine, and not on the plain handle."""
+        """Whether the launch method was called through the engine, and not on the plain handle."""
         self.stage: LaunchStage | None = None
-        """How far its launch was when Ray was last asked; None when that is not known, or it is not launching. What
-        the launch deadline ended, keeps it."""
+        """How far the launch was when Ray was last asked; None if that is not known or the engine is not launching.
+        An engine that the launch deadline ended keeps its stage."""
+        # Not the object itself: in a cycle with the handle, it would keep the actor alive until a garbage collection.
+        self.proxy: Callable[[], Any] = _nobody
+        """Gives the engine that users hold, or None."""
         self._wakers: set[Callable[[], None]] = set()
         self._plain_refs: dict[str, PlainRef] = {}
         self._record = record
         self._lock = threading.Lock()
-        self._on_step = on_step
+        self._emit = emit
         self._outage: Outage | None = None
         self._again_at = 0.0  # the moment at which all that rest are submitted again, monotonic
         self._resting: list[weakref.ref[Awaited]] = []
 
     @property
     def name(self) -> str:
-        """The name it was adopted under."""
+        """The name under which the engine was adopted."""
         return self._record.name
 
     @property
     def labels(self) -> Mapping[str, str]:
-        """The labels it was adopted with."""
+        """The labels with which the engine was adopted."""
         return self._record.labels
 
     @property
@@ -131,71 +142,57 @@ class MonitoredEngine:
 
     @property
     def state(self) -> EngineState:
-        """Where it is now."""
+        """Where the engine is now."""
         return STATES[self._record.state]
 
     @property
     def reason(self) -> Reason:
-        """Why it is there."""
+        """Why the engine is there."""
         return self._record.reason
 
     @property
-    def state_since(self) -> float:
-        """Since when it is there, in seconds since the epoch."""
+    def detail(self) -> str:
+        """What happened when the engine got there, in one line."""
+        return self._record.detail
+
+    @property
+    def since(self) -> float:
+        """Since when the engine is there, in seconds since the epoch."""
         return self._record.since_epoch_s
 
     @property
-    def launched_at(self) -> float:
-        """When it was adopted, on the monotonic clock."""
-        return self._record.launched_at
+    def adopted_at(self) -> float:
+        """When the engine was adopted, on the monotonic clock."""
+        return self._record.adopted_at
 
     @property
     def ever_ready(self) -> bool:
-        """Whether it has been ready before, or is."""
+        """Whether the engine is ready or has been ready before."""
         return self._record.ever_ready
 
     @property
     def has_launched(self) -> bool:
-        """Whether its launch method has succeeded, whatever became of it since."""
+        """Whether the launch method has succeeded, whatever happened to the engine since."""
         return self._record.succeeded
 
     @property
     def is_launching(self) -> bool:
-        """Whether its launch method has not succeeded yet, though it is not dead: launching, or unavailable."""
+        """Whether the launch method has not succeeded yet, and the engine is not dead."""
         return not self.has_launched and self._record.state != EngineState.DEAD
 
     @property
     def launch_is_out(self) -> bool:
-        """Whether its launch method was called, through this engine or by a plain reference that was awaited."""
+        """Whether the launch method was called, through the engine or by a plain reference that was awaited."""
         with self._lock:
             return self.launch_called or any(ref.launches for ref in self._plain_refs.values())
 
     @property
     def actor_id(self) -> str:
-        """Its actor's id, in hex."""
+        """The id of the actor, in hex."""
         return _ray_handles.actor_id(self.handle)
 
-    def __getattr__(self, name: str) -> Any:
-        attribute = getattr(self.handle, name)
-        return EngineMethod(self, attribute, {}) if isinstance(attribute, ActorMethod) else attribute
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *dir(self.handle)})
-
     def __repr__(self) -> str:
-        return f"MonitoredEngine({self.name!r}, {self.state.value}, {self.handle!r})"
-
-    def __eq__(self, other: object) -> bool:
-        if isinstance(other, MonitoredEngine):
-            return bool(self.handle == other.handle)
-        return bool(self.handle == other) if isinstance(other, ActorHandle) else NotImplemented
-
-    def __hash__(self) -> int:
-        return hash(self.handle)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A receiver that knows nothing of enginefsm gets the handle itself; Ray counts the handle as it passes.
-        return operator.itemgetter(0), ((self.handle,),)
+        return f"Engine({self.name!r}, {self.state.value}, {self.handle!r})"
 
     def time_in_states(self) -> dict[EngineState, float]:
         """Seconds spent in each state so far."""
@@ -209,20 +206,21 @@ class MonitoredEngine:
             return EngineSnapshot(
                 record.name, record.labels, record.incarnation, self.actor_id, EngineState(record.state),
                 record.reason, record.since_epoch_s, dict(record.spent), record.ever_ready, self.stage,
-                self.lineage.past,
+                self.lineage.past, record.detail,
             )  # fmt: skip
 
-    def describe(self) -> str:
-        """The engine in one line: name, labels, incarnation, and the time in each state."""
+    def describe(self, *, detail: bool = True) -> str:
+        """Return the engine in one line: name, labels, incarnation, state, the time in each state, and the detail."""
         labels = " ".join(f"{key}={value}" for key, value in self.labels.items() if value)
         times = ", ".join(f"{state} {seconds:.1f} s" for state, seconds in self.time_in_states().items())
         reason = why(self.reason, self.stage)
-        return f"engine {self.name!r} ({labels}) incarnation {self.incarnation}: {self.state} ({reason}); {times}"
+        line = f"engine {self.name!r} ({labels}) incarnation {self.incarnation}: {self.state} ({reason}); {times}"
+        return f"{line}; {self.detail}" if detail and self.detail else line
 
-    def step(self, reason: Reason) -> bool:
-        """Move for `reason`, if there is such an edge from here; says whether it moved."""
+    def step(self, reason: Reason, detail: str = "") -> bool:
+        """Move for `reason` if there is such an edge from here, and say whether the engine moved."""
         with self._lock:
-            return self._step(reason, time.monotonic())
+            return self._step(reason, detail, time.monotonic())
 
     def when_given_up(self, wake: Callable[[], None]) -> None:
         """Have `wake` called when the monitor gives the engine up, under the engine's lock: it may only set a flag."""
@@ -278,11 +276,24 @@ class MonitoredEngine:
             self._plain_refs.pop(next(iter(self._plain_refs)))
 
     def observe(
-        self, outcome: Outcome, *, launches: bool, submitted_at: float, again: bool = False, probed: bool = False
+        self,
+        outcome: Outcome,
+        *,
+        launches: bool,
+        submitted_at: float,
+        again: bool = False,
+        probed: bool = False,
+        detail: str = "",
     ) -> None:
-        """Take in what came of a submission that was made at `submitted_at` (monotonic); `again` if not the first.
+        """Take in the outcome of one submission.
 
-        `probed` says that it was the health monitor's, and that all is well.
+        Args:
+            outcome: What Ray said.
+            launches: Whether the call was of the launch method.
+            submitted_at: When it was submitted, on the monotonic clock.
+            again: Whether it was a resubmission.
+            probed: Whether it was a health check that found all well.
+            detail: What happened, in one line.
         """
         with self._lock:
             now = time.monotonic()
@@ -290,7 +301,7 @@ class MonitoredEngine:
             if outcome is Outcome.ACTOR_UNAVAILABLE and (self._outage is None or held):
                 self._outage = Outage(since=now)
             if outcome in (Outcome.SUCCEEDED, Outcome.METHOD_FAILED):
-                if self.launch == BY_CONSTRUCTOR and self.probe is None and not self._record.succeeded:
+                if self.launch == BY_CONSTRUCTOR and self.launched_if is None and not self._record.succeeded:
                     launches, outcome = True, Outcome.SUCCEEDED  # whatever was answered, the constructor had ended
                 if launches and outcome is Outcome.SUCCEEDED:
                     self._record.succeeded = True
@@ -302,24 +313,24 @@ class MonitoredEngine:
                     return  # the actor answers, as it did all along: what fails is behind it
             reason = reason_for(outcome, state=self.state, launches=launches, launched=self._record.succeeded)
             if reason is not None:
-                self._step(reason, now)
+                self._step(reason, detail, now)
 
-    def suspect(self, reason: Reason, asked_at: float) -> None:
-        """The health monitor, which asked at `asked_at` (monotonic), had no answer, or not the right one."""
+    def suspect(self, reason: Reason, asked_at: float, detail: str = "") -> None:
+        """Mark the engine unavailable after a failed health check that was sent at `asked_at` (monotonic)."""
         with self._lock:
-            if self._step(reason, time.monotonic()) and self._outage is None:
+            if self._step(reason, detail, time.monotonic()) and self._outage is None:
                 self._outage = Outage(since=asked_at)
 
-    def give_up(self) -> bool:
-        """End it for the health monitor, its bounds spent, unless it is back; says whether it did."""
+    def give_up(self, reason: Reason, detail: str = "") -> bool:
+        """End the engine for a watch's verdict, unless it is back, and say whether it ended."""
         with self._lock:
-            return self.state is EngineState.UNAVAILABLE and self._step(Reason.RETRY_EXHAUSTED, time.monotonic())
+            return self.state is EngineState.UNAVAILABLE and self._step(reason, detail, time.monotonic())
 
-    def give_up_launch(self) -> None:
-        """End it for the launch deadline, unless it has launched."""
+    def give_up_launch(self, detail: str = "") -> None:
+        """End the engine for the launch deadline, unless it has launched."""
         with self._lock:
             if not self._record.succeeded:
-                self._step(Reason.LAUNCH_DEADLINE, time.monotonic())
+                self._step(Reason.LAUNCH_DEADLINE, detail, time.monotonic())
 
     def plan_resubmission(self, policy: RetryPolicy, call: Awaited) -> bool:
         """Set when `call`, which found the engine unavailable, is to be submitted again; False when out of bounds.
@@ -360,14 +371,13 @@ class MonitoredEngine:
         due = (call for call in calls if call.is_due(now) and call.is_awaited)
         return sorted(due, key=operator.attrgetter("made_at"))
 
-    def _step(self, reason: Reason, now: float) -> bool:
-        step = self._record.move(reason, now, time.time())
+    def _step(self, reason: Reason, detail: str, now: float) -> bool:
+        step = self._record.move(reason, now, time.time(), detail)
         if step is None:
             return False
         if reason is not Reason.LAUNCH_DEADLINE:
             self.stage = None
-        # Queued here, under the lock, so that an engine's steps keep their order; delivered by whoever let go of it.
-        self._on_step(step)
+        self._emit(step)
         if reason in GIVEN_UP:
             for wake in list(self._wakers):
                 wake()

@@ -11,6 +11,7 @@ import pytest
 from support.bare_handles import bare_handle
 
 from enginefsm import EngineMonitor, Reason, RestartCap, RestartCapError, Transition
+from enginefsm._engine.proxy import managed
 from enginefsm.fsm.incarnations import INCARNATIONS_KEPT
 
 EPOCH_S = 1_763_830_000.0
@@ -33,8 +34,10 @@ class Clock:
 def clock():
     clock = Clock()
     with (
-        mock.patch("enginefsm.monitor.time", mock.Mock(wraps=time, monotonic=clock.monotonic, time=clock.time)),
-        mock.patch("enginefsm._engine.engine.time", mock.Mock(wraps=time, monotonic=clock.monotonic, time=clock.time)),
+        mock.patch(
+            "enginefsm._engine.registry.time", mock.Mock(wraps=time, monotonic=clock.monotonic, time=clock.time)
+        ),
+        mock.patch("enginefsm._engine.managed.time", mock.Mock(wraps=time, monotonic=clock.monotonic, time=clock.time)),
     ):
         yield clock
 
@@ -45,7 +48,7 @@ class Name:
     def __init__(self, clock, **settings):
         self.clock = clock
         self.told = []
-        self.monitor = EngineMonitor("test", listeners=[self.told.append], **settings)
+        self.monitor = EngineMonitor(run="test", listeners=[self.told.append], **settings)
         self.engine = None
 
     def adopt(self, handle=None):
@@ -60,7 +63,7 @@ class Name:
             elif deed == "release":
                 self.monitor.release(self.engine)
             else:
-                assert self.engine.step(deed)
+                assert managed(self.engine).step(deed)
         return self
 
     def replaced_after_s(self):
@@ -123,16 +126,16 @@ def test_an_engine_is_replaced_once_however_often_it_becomes_ready(name):
 def test_history_tells_what_became_of_each_incarnation(name):
     assert name.monitor.history("e") == []
     name.at(0, "adopt").at(5, READY).at(100, DIED)
-    first = name.engine.actor_id
+    first = managed(name.engine).actor_id
     name.at(130, "adopt").at(140, INIT_FAILED).at(141, "release")
-    second = name.engine.actor_id
+    second = managed(name.engine).actor_id
     expected = [
         (1, first, DIED, EPOCH_S + 1000, EPOCH_S + 1005, EPOCH_S + 1100),
         (2, second, INIT_FAILED, EPOCH_S + 1130, None, EPOCH_S + 1140),
     ]
     assert name.monitor.history("e") == expected
     name.at(150, "adopt")
-    third = (3, name.engine.actor_id, None, EPOCH_S + 1150, None, None)
+    third = (3, managed(name.engine).actor_id, None, EPOCH_S + 1150, None, None)
     assert name.monitor.history("e") == [*expected, third]
     name.at(170, "release")
     assert name.monitor.history("e") == [*expected, (*third[:2], Reason.RELEASED, *third[3:5], EPOCH_S + 1170)]
@@ -145,7 +148,7 @@ def test_history_is_bounded_and_incarnations_go_on_being_counted(name):
     assert [one.incarnation for one in name.monitor.history("e")] == [*range(41 - INCARNATIONS_KEPT, 41)]
     name.adopt()
     assert [one.incarnation for one in name.monitor.history("e")] == [*range(42 - INCARNATIONS_KEPT, 42)]
-    assert name.engine.incarnation == 41
+    assert name.engine.fsm.incarnation == 41
 
 
 def test_one_restart_too_many_is_refused_by_name_and_reasons_and_changes_nothing(clock):
@@ -175,7 +178,7 @@ def test_one_restart_too_many_is_refused_by_name_and_reasons_and_changes_nothing
     name.at(610)
     assert name.monitor.may_restart("e")
     name.adopt()
-    assert name.engine.incarnation == 4
+    assert name.engine.fsm.incarnation == 4
 
 
 def test_a_cap_counts_restarts_alone_each_name_by_itself(clock):
@@ -189,7 +192,7 @@ def test_a_cap_counts_restarts_alone_each_name_by_itself(clock):
     name.monitor.adopt(bare_handle(), name="another")
     assert name.monitor.adopt(name.engine.handle, name="e") is name.engine, "the same actor is no restart"
     name.at(20, READY, "release", "adopt")
-    assert name.engine.incarnation == 8, "the first engine after a good end is no restart"
+    assert name.engine.fsm.incarnation == 8, "the first engine after a good end is no restart"
 
 
 def test_without_a_cap_an_engine_may_be_replaced_for_ever(name):

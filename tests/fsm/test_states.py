@@ -18,7 +18,8 @@ from support.bare_handles import bare_handle
 from transitions import Machine
 
 from enginefsm import EngineMonitor, Transition
-from enginefsm._engine.engine import MonitoredEngine
+from enginefsm._engine.managed import ManagedEngine
+from enginefsm._engine.proxy import managed
 from enginefsm.fsm.outcomes import Outcome
 from enginefsm.fsm.states import EngineRecord, EngineState, Reason, diagram
 
@@ -27,7 +28,8 @@ LAUNCHING, READY, UNAVAILABLE, DEAD = EngineState
 # The table of edges, written out once more.
 FATAL = (
     Reason.ACTOR_DIED, Reason.CONSTRUCTOR_FAILED, Reason.INIT_FAILED, Reason.PREEMPTED, Reason.OUT_OF_MEMORY,
-    Reason.UNSCHEDULABLE, Reason.RUNTIME_ENV_FAILED, Reason.RETRY_EXHAUSTED, Reason.RELEASED,
+    Reason.UNSCHEDULABLE, Reason.RUNTIME_ENV_FAILED, Reason.RETRY_EXHAUSTED, Reason.HEALTH_CHECKS_FAILED,
+    Reason.RELEASED,
 )  # fmt: skip
 DOUBTS = (Reason.ACTOR_UNAVAILABLE, Reason.PROBE_TIMEOUT, Reason.PROBE_FAILED)
 EDGES = {
@@ -55,7 +57,7 @@ def record_in(state=LAUNCHING, now=0.0):
 
 
 @pytest.mark.parametrize(
-    ("state", "reason"), list(itertools.product(EngineState, sorted(set(Reason) - {Reason.LAUNCHED})))
+    ("state", "reason"), list(itertools.product(EngineState, sorted(set(Reason) - {Reason.ADOPTED})))
 )
 def test_a_record_moves_along_the_edges_of_the_design_and_no_other(state, reason):
     record = record_in(state)
@@ -68,7 +70,7 @@ def test_a_record_moves_along_the_edges_of_the_design_and_no_other(state, reason
 
 
 def test_every_reason_but_the_first_has_an_edge():
-    assert {reason for _, reason in EDGES} | {Reason.LAUNCHED} == set(Reason)
+    assert {reason for _, reason in EDGES} | {Reason.ADOPTED} == set(Reason)
 
 
 def test_a_reason_that_means_nothing_here_changes_nothing():
@@ -82,7 +84,7 @@ def test_a_reason_that_means_nothing_here_changes_nothing():
 
 def test_the_first_step_says_that_the_engine_is_launched():
     assert record_in().first_step() == Transition(
-        "e", {"model": "tiny"}, 1, None, LAUNCHING, Reason.LAUNCHED, spent_s=0.0, age_s=0.0, at_s=1000.0,
+        "e", {"model": "tiny"}, 1, None, LAUNCHING, Reason.ADOPTED, spent_s=0.0, age_s=0.0, at_s=1000.0,
         first_ready=False,
     )  # fmt: skip
 
@@ -125,7 +127,7 @@ def test_only_the_first_time_that_an_engine_is_ready_is_marked_so():
 
 
 def test_the_readme_shows_the_diagram_that_is_drawn_from_the_machine():
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
 
     shown = re.search(r"^```mermaid\n(stateDiagram-v2\n.*?)\n```$", readme, re.DOTALL | re.MULTILINE)
 
@@ -142,7 +144,7 @@ def test_the_diagram_has_every_edge():
 
     live = {("live", "dead", reason) for reason in FATAL}
     others = {(state, dest, reason) for (state, reason), dest in EDGES.items() if reason not in FATAL}
-    assert arrows == {("[*]", "launching", "launched")} | live | others
+    assert arrows == {("[*]", "launching", "adopted")} | live | others
 
 
 def test_the_lines_of_the_machine_library_are_silent_for_engines_and_kept_for_others(caplog):
@@ -163,11 +165,11 @@ def test_the_lines_of_the_machine_library_are_silent_for_engines_and_kept_for_ot
 def engine_and_steps(launch="init"):
     steps = []
     record = EngineRecord("e", {}, 1, time.monotonic(), time.time())
-    return MonitoredEngine(bare_handle(), record, launch, None, steps.append), steps
+    return ManagedEngine(bare_handle(), record, launch, None, steps.append), steps
 
 
 observations = st.tuples(st.sampled_from(Outcome), st.booleans(), st.sampled_from([0.0, 1.0, 60.0]))
-verdicts = st.sampled_from([reason for reason in Reason if reason is not Reason.LAUNCHED])
+verdicts = st.sampled_from([reason for reason in Reason if reason is not Reason.ADOPTED])
 
 
 def tell(engine, said):
@@ -339,7 +341,7 @@ class Owner:
             except ValueError as refusal:
                 assert "living engine" in str(refusal)  # noqa: PT017  a refusal is one of two right answers
         elif deed == "kill" and present:
-            present.step(Reason.ACTOR_DIED)
+            managed(present).step(Reason.ACTOR_DIED)
         elif deed == "release" and present:
             self.monitor.release(present)
             self.former[name] = self.present.pop(name)
@@ -376,11 +378,11 @@ def test_of_two_threads_that_use_the_same_names_none_leaves_a_name_with_two_engi
 
     monitor.adopt(bare_handle(), name="the last")  # which delivers what was not delivered yet
     held = monitor.engines()
-    assert len({engine.name for engine in held}) == len(held)
+    assert len({engine.fsm.name for engine in held}) == len(held)
     everyone = {id(engine): engine for owner in owners for engine in (*owner.present.values(), *owner.former.values())}
-    living = {key for key, engine in everyone.items() if engine.state is not DEAD}
+    living = {key for key, engine in everyone.items() if engine.fsm.state is not DEAD}
     assert living <= {id(engine) for engine in held}
     for engine in held:
-        steps = [step for step in told if (step.engine, step.incarnation) == (engine.name, engine.incarnation)]
-        assert [step.reason for step in steps[:1]] == [Reason.LAUNCHED]
-        check_chain(steps[1:], engine.state)
+        steps = [step for step in told if (step.engine, step.incarnation) == (engine.fsm.name, engine.fsm.incarnation)]
+        assert [step.reason for step in steps[:1]] == [Reason.ADOPTED]
+        check_chain(steps[1:], engine.fsm.state)

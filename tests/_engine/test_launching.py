@@ -17,6 +17,7 @@ from support.engines import Engine, SlowToConstruct, wait_until
 from support.processes import below
 
 from enginefsm import EngineMonitor, EngineState, LaunchDeadlineError, LaunchStage, Reason, RetryPolicy
+from enginefsm._engine.proxy import managed
 
 INFEASIBLE = {"resources": {"nowhere": 1}}
 
@@ -38,7 +39,7 @@ def test_an_engine_that_no_node_has_room_for_raises_nothing_and_is_told_to_wait_
     said = say_when_asked(fleet.monitor, call, "waiting for resources")
     assert "init() of engine 'engine-0'" in said
     assert "launching (waiting for resources); launching" in said
-    assert rig.engine.state is EngineState.LAUNCHING
+    assert rig.engine.fsm.state is EngineState.LAUNCHING
 
 
 def test_a_launch_is_told_by_its_stages(fleet):
@@ -50,16 +51,16 @@ def test_a_launch_is_told_by_its_stages(fleet):
     say_when_asked(fleet.monitor, call, "launching (init running)")
     rig.open()
     assert fleet.monitor.get(call) == "launched"
-    assert rig.engine.stage is None
+    assert managed(rig.engine).stage is None
 
 
 def test_an_actor_whose_launch_was_not_called_is_told_to_be_constructed(fleet):
     rig = fleet.launch()
     say_when_asked(fleet.monitor, [fleet.launch(**INFEASIBLE).engine.init.remote()], "waiting for resources")
-    wait_until(lambda: fleet.monitor.stages.look(1) or rig.engine.stage is LaunchStage.CONSTRUCTED)
+    wait_until(lambda: fleet.monitor.stages.look(1) or managed(rig.engine).stage is LaunchStage.CONSTRUCTED)
     launch = fleet.in_background(rig.engine.handle.init.remote())
     rig.wait_for("begun")
-    wait_until(lambda: fleet.monitor.stages.look(1) or rig.engine.stage is LaunchStage.INIT_RUNNING)
+    wait_until(lambda: fleet.monitor.stages.look(1) or managed(rig.engine).stage is LaunchStage.INIT_RUNNING)
     rig.open()
     launch.result(60)
 
@@ -87,14 +88,16 @@ def test_the_launch_deadline_tells_what_each_engine_still_waited_for(fleet, poli
     rigs = [*fleet.launch_begun(SlowToConstruct, Engine), fleet.launch(**INFEASIBLE)]
     calls = [rig.engine.init.remote() for rig in rigs]
     stages = [LaunchStage.CONSTRUCTING, LaunchStage.INIT_RUNNING, LaunchStage.WAITING_FOR_RESOURCES]
-    wait_until(lambda: fleet.monitor.stages.look(1) or [rig.engine.stage for rig in rigs] == stages, what="the stages")
+    wait_until(
+        lambda: fleet.monitor.stages.look(1) or [managed(rig.engine).stage for rig in rigs] == stages, what="the stages"
+    )
     with pytest.raises(LaunchDeadlineError) as raised:
         fleet.monitor.get(calls)
     told = dict(re.findall(r"engine '([^']+)' .+: \w+ \(([^)]+)\)", str(raised.value)))
-    assert told[rigs[0].engine.name] == "launch_deadline: constructing"
+    assert told[rigs[0].engine.fsm.name] == "launch_deadline: constructing"
     # The deadlines of the others, some milliseconds later, may have passed or not.
-    assert [told[rig.engine.name].removeprefix("launch_deadline: ") for rig in rigs] == stages
-    assert rigs[0].engine.snapshot().stage is LaunchStage.CONSTRUCTING
+    assert [told[rig.engine.fsm.name].removeprefix("launch_deadline: ") for rig in rigs] == stages
+    assert managed(rigs[0].engine).snapshot().stage is LaunchStage.CONSTRUCTING
 
 
 def test_an_actor_that_ray_cannot_schedule_is_named_as_such_at_its_first_call(cluster):
@@ -105,7 +108,7 @@ def test_an_actor_that_ray_cannot_schedule_is_named_as_such_at_its_first_call(cl
     with pytest.raises(ActorUnschedulableError) as raised:
         monitor.get(engine.init.remote(), timeout=60)
     assert "engine 'lost'" in raised.value.__notes__[0]
-    assert (engine.state, engine.reason) == (EngineState.DEAD, Reason.UNSCHEDULABLE)
+    assert (engine.fsm.state, engine.fsm.reason) == (EngineState.DEAD, Reason.UNSCHEDULABLE)
 
 
 def test_an_actor_whose_placement_group_is_removed_before_it_began_is_named_as_such(cluster, tmp_path):
@@ -121,7 +124,7 @@ def test_an_actor_whose_placement_group_is_removed_before_it_began_is_named_as_s
     remove_placement_group(group)
     with pytest.raises(ActorUnschedulableError, match="placement group was removed"):
         monitor.get(call, timeout=60)
-    assert (engine.state, engine.reason) == (EngineState.DEAD, Reason.UNSCHEDULABLE)
+    assert (engine.fsm.state, engine.fsm.reason) == (EngineState.DEAD, Reason.UNSCHEDULABLE)
     del occupant
 
 
@@ -152,22 +155,22 @@ def test_a_gcs_that_does_not_answer_keeps_nobody_and_is_asked_again_when_it_does
     *others_s, _ = sorted(took_s)  # the machine itself may have stood still during one
     assert max(others_s) < 1
     assert sum(took > 0.3 for took in others_s) <= 3, "it was asked too often while it did not answer"
-    assert "launching (launched); launching" in said[-1]
+    assert "launching (adopted); launching" in said[-1]
     say_when_asked(fleet.monitor, call, "waiting for resources")
 
 
 def test_a_stage_is_of_a_launch_alone_and_stays_where_its_deadline_ended_it():
     monitor = EngineMonitor()
     engine = monitor.adopt(bare_handle(), name="e")
-    engine.reached(LaunchStage.CONSTRUCTING)
-    assert engine.snapshot().stage is LaunchStage.CONSTRUCTING
-    engine.step(Reason.ACTOR_UNAVAILABLE)
-    assert engine.snapshot().stage is None
-    engine.reached(LaunchStage.INIT_RUNNING)
-    assert engine.snapshot().stage is None, "it is not known while it cannot be reached"
-    engine.step(Reason.ACTOR_REACHABLE)
-    engine.reached(LaunchStage.INIT_RUNNING)
-    assert "launching (actor_reachable: init running)" in engine.describe()
-    engine.step(Reason.LAUNCH_DEADLINE)
-    engine.reached(None)
-    assert "dead (launch_deadline: init running)" in engine.describe()
+    managed(engine).reached(LaunchStage.CONSTRUCTING)
+    assert managed(engine).snapshot().stage is LaunchStage.CONSTRUCTING
+    managed(engine).step(Reason.ACTOR_UNAVAILABLE)
+    assert managed(engine).snapshot().stage is None
+    managed(engine).reached(LaunchStage.INIT_RUNNING)
+    assert managed(engine).snapshot().stage is None, "it is not known while it cannot be reached"
+    managed(engine).step(Reason.ACTOR_REACHABLE)
+    managed(engine).reached(LaunchStage.INIT_RUNNING)
+    assert "launching (actor_reachable: init running)" in engine.fsm.describe()
+    managed(engine).step(Reason.LAUNCH_DEADLINE)
+    managed(engine).reached(None)
+    assert "dead (launch_deadline: init running)" in engine.fsm.describe()

@@ -67,7 +67,7 @@ def test_a_plain_reference_that_is_polled_is_asked_of_ray_once(fleet, plain_loop
 
     assert plain_loop.run(poll(5)) == plain_loop.run(poll(50))  # what Ray was asked, it keeps
     rig.open("let_go")
-    assert plain_loop.run(fleet.monitor.gather(ref)) is None
+    assert plain_loop.run(fleet.monitor.gather(ref)) == [None]
 
 
 def test_a_call_is_awaited_like_a_task_alone_in_asyncio_s_gather_and_again(fleet, loop, no_noise):
@@ -81,9 +81,9 @@ def test_a_call_is_awaited_like_a_task_alone_in_asyncio_s_gather_and_again(fleet
         return first, [await call for call in calls], await asyncio.wait_for(calls[0], 10)
 
     assert loop.run(bring_up()) == ([0, 1], [0, 1], 0)
-    assert loop.run(fleet.monitor.gather([calls[0], calls[0].ref, rigs[1].engine.handle.thread.remote()]))[:2] == [0, 0]
-    assert loop.run(fleet.monitor.gather([])) == []
-    assert loop.run(fleet.monitor.gather(calls[1])) == fleet.monitor.get(calls[1]) == 1
+    assert loop.run(fleet.monitor.gather(calls[0], calls[0].ref, rigs[1].engine.handle.thread.remote()))[:2] == [0, 0]
+    assert loop.run(fleet.monitor.gather()) == []
+    assert loop.run(fleet.monitor.gather(calls[1])) == [fleet.monitor.get(calls[1])] == [1]
     assert [rig.times_init_began() for rig in rigs] == [1, 1]
 
 
@@ -118,7 +118,7 @@ def test_what_get_refuses_gather_refuses(fleet, plain_loop):
     rig = fleet.launch()
     call = rig.engine.init.remote()
     with pytest.raises(TypeError, match="takes calls and ObjectRefs, not int"):
-        plain_loop.run(fleet.monitor.gather([1]))
+        plain_loop.run(fleet.monitor.gather(1))
     with pytest.raises(ValueError, match="timeout is"):
         plain_loop.run(fleet.monitor.gather(call, timeout=-1))
     with pytest.raises(ValueError, match="another monitor"):
@@ -137,7 +137,7 @@ def test_what_is_there_is_given_though_there_is_no_time_to_wait(fleet, plain_loo
     for _ in range(20):
         calls = [launch, *(rig.engine.times_init_ran.remote() for _ in range(10))]
         ray.wait([call.ref for call in calls], num_returns=len(calls))
-        assert plain_loop.run(fleet.monitor.gather(calls, timeout=0)) == ["launched", *[1] * 10]
+        assert plain_loop.run(fleet.monitor.gather(*calls, timeout=0)) == ["launched", *[1] * 10]
 
 
 def test_the_module_s_gather_is_the_process_s_monitor_s(cluster, tmp_path, plain_loop):
@@ -146,7 +146,7 @@ def test_the_module_s_gather_is_the_process_s_monitor_s(cluster, tmp_path, plain
         ray.remote(enginefsm.monitored(AsyncEngine)).options(num_cpus=0).remote(str(tmp_path)), name="one"
     )
     (tmp_path / "gate").touch()
-    assert plain_loop.run(enginefsm.gather([engine.init.remote()])) == ["launched"]
+    assert plain_loop.run(enginefsm.gather(engine.init.remote())) == ["launched"]
     assert plain_loop.run(engine.times_init_ran.remote()) == 1
     enginefsm.release(engine)
     ray.kill(engine.handle)
@@ -292,7 +292,7 @@ class Manager:
         engines = [self.monitor.adopt(handle, name=f"{n}") for n, handle in enumerate(handles)]
         values = await asyncio.gather(*(engine.init.remote(value=n) for n, engine in enumerate(engines)))
         kind = type(asyncio.get_running_loop()).__module__
-        return values, kind, [(str(engine.state), engine.reason.value) for engine in engines]
+        return values, kind, [(str(engine.fsm.state), engine.fsm.reason.value) for engine in engines]
 
 
 def test_a_manager_that_is_an_asyncio_actor_awaits_its_engines_through_cuts(fleet, plain_loop):
@@ -347,7 +347,7 @@ def test_methods_run_beside_one_another_and_a_cancelled_one_ends_though_it_was_r
     ray.cancel(held.ref)
     assert isinstance(holding.exception(30), TaskCancelledError)
     ready.wait_for("cancelled")
-    assert ready.engine.state is READY
+    assert ready.engine.fsm.state is READY
 
 
 def test_an_exception_that_a_background_loop_passed_on_does_not_end_the_loop(fleet, ready):
@@ -414,7 +414,7 @@ def test_asyncio_engines_are_told_by_their_handle_however_it_came(fleet, tmp_pat
     made = ray.get(broker.make.remote(enginefsm.monitored(AsyncEngine), str(tmp_path)))
     (tmp_path / "gate").touch()
     for number, handle in enumerate([made, ray.get_actor("by name"), pickle.loads(cloudpickle.dumps(made))]):
-        monitor = enginefsm.EngineMonitor(str(number))
+        monitor = enginefsm.EngineMonitor(run=str(number))
         engine = monitor.adopt(handle, name="one", launch="times_init_ran")
         assert plain_loop.run(engine.init.remote(value=number)) == number
     plain = ray.remote(AsyncEngine).options(num_cpus=0).remote(str(tmp_path))
@@ -430,19 +430,19 @@ def test_an_engine_that_its_constructor_makes_ready_launches_by_ray_s_own_method
 
     rig = fleet.launch(Served, adopt={"launch": "__ray_ready__"})
     assert plain_loop.run(rig.engine.__ray_ready__.remote()) is True
-    assert rig.engine.state is READY
+    assert rig.engine.fsm.state is READY
     asynchronous = fleet.launch(AsyncEngine, adopt={"launch": "__ray_ready__"})
     assert fleet.monitor.get(asynchronous.engine.__ray_ready__.remote()) is True
     for ask in (lambda engine: engine.times_init_ran.remote(), lambda engine: engine.handle.fail.remote("no")):
         asked = fleet.launch(Served, adopt={"launch": "__ray_ready__"})
         with contextlib.suppress(ValueError):
             fleet.monitor.get(ask(asked.engine))
-        assert asked.engine.state is READY
+        assert asked.engine.fsm.state is READY
     doomed = enginefsm.EngineMonitor()
     engine = doomed.adopt(ray.remote(Doomed).options(num_cpus=0).remote(), name="doomed", launch="__ray_ready__")
     with pytest.raises(ray.exceptions.ActorDiedError, match="no such GPU"):
         plain_loop.run(engine.__ray_ready__.remote())
-    assert (engine.state, engine.reason) == (DEAD, enginefsm.Reason.CONSTRUCTOR_FAILED)
+    assert (engine.fsm.state, engine.fsm.reason) == (DEAD, enginefsm.Reason.CONSTRUCTOR_FAILED)
 
 
 def test_who_awaits_when_ray_is_shut_down_is_told_so(clusters, tmp_path, plain_loop):

@@ -16,6 +16,7 @@ from support.engines import Doomed, kill, wait_until
 
 import enginefsm
 from enginefsm import EngineState, LaunchDeadlineError, Outcome, Reason, RetryExhaustedError, RetryPolicy
+from enginefsm._engine.proxy import managed
 from enginefsm.rehearsal import chaos
 
 LAUNCHING, READY, UNAVAILABLE, DEAD = EngineState
@@ -36,8 +37,8 @@ def test_a_killed_engine_fails_the_bringup_by_name_while_others_still_launch(fle
     assert type(error) is ActorDiedError
     assert "'engine-1'" in error.__notes__[0]
     assert "model=tiny worker_type=regular" in error.__notes__[0]
-    assert [rig.engine.state for rig in rigs] == [LAUNCHING, DEAD, LAUNCHING]
-    assert rigs[1].engine.reason is Reason.ACTOR_DIED
+    assert [rig.engine.fsm.state for rig in rigs] == [LAUNCHING, DEAD, LAUNCHING]
+    assert rigs[1].engine.fsm.reason is Reason.ACTOR_DIED
     assert fleet.metric("enginefsm_bringup_phase", model="tiny", phase="failed") == 1
 
 
@@ -81,7 +82,7 @@ def test_an_error_of_init_is_raised_on_the_first_attempt(fleet):
     assert isinstance(raised.value, RayTaskError)
     assert "'engine-0'" in raised.value.__notes__[0]
     assert [each.attempt for each in fleet.outcomes(rig.engine)] == [0]
-    assert rig.engine.reason is Reason.INIT_FAILED
+    assert rig.engine.fsm.reason is Reason.INIT_FAILED
     assert rig.times_init_began() == 1
 
 
@@ -91,7 +92,7 @@ def test_an_error_of_another_method_is_raised_and_leaves_the_engine_as_it_was(fl
     fleet.monitor.get(rig.engine.init.remote())
     with pytest.raises(ValueError, match="bad tag"):
         fleet.monitor.get(rig.engine.fail.remote("bad tag"))
-    assert rig.engine.state is READY
+    assert rig.engine.fsm.state is READY
 
 
 def test_a_failed_constructor_is_named_as_such(cluster):
@@ -99,7 +100,7 @@ def test_a_failed_constructor_is_named_as_such(cluster):
     engine = monitor.adopt(ray.remote(Doomed).options(num_cpus=0).remote(), name="doomed")
     with pytest.raises(ActorDiedError, match="no such GPU"):
         monitor.get(engine.init.remote())
-    assert (engine.state, engine.reason) == (DEAD, Reason.CONSTRUCTOR_FAILED)
+    assert (engine.fsm.state, engine.fsm.reason) == (DEAD, Reason.CONSTRUCTOR_FAILED)
 
 
 def test_a_runtime_environment_that_cannot_be_made_is_named_as_such(cluster, tmp_path):
@@ -108,7 +109,7 @@ def test_a_runtime_environment_that_cannot_be_made_is_named_as_such(cluster, tmp
     engine = monitor.adopt(actor, name="homeless")
     with pytest.raises(Exception, match="untime"):
         monitor.get(engine.init.remote(), timeout=120)
-    assert (engine.state, engine.reason) == (DEAD, Reason.RUNTIME_ENV_FAILED)
+    assert (engine.fsm.state, engine.fsm.reason) == (DEAD, Reason.RUNTIME_ENV_FAILED)
 
 
 def test_the_death_of_a_peer_inside_a_method_is_not_the_engine_s(fleet):
@@ -119,7 +120,7 @@ def test_the_death_of_a_peer_inside_a_method_is_not_the_engine_s(fleet):
     with pytest.raises(ActorDiedError) as raised:
         fleet.monitor.get(rig.engine.ask.remote(peer.engine))
     assert isinstance(raised.value, RayTaskError)
-    assert rig.engine.state is READY
+    assert rig.engine.fsm.state is READY
 
 
 def test_a_restarted_actor_is_a_dead_engine_and_its_init_is_not_run_again(fleet):
@@ -131,7 +132,7 @@ def test_a_restarted_actor_is_a_dead_engine_and_its_init_is_not_run_again(fleet)
     wait_until(lambda: rig.pid != before, what="the restart")
     with pytest.raises(ActorDiedError):
         fleet.monitor.get(rig.engine.times_init_ran.remote(), timeout=60)
-    assert (rig.engine.state, rig.engine.reason) == (DEAD, Reason.ACTOR_DIED)
+    assert (rig.engine.fsm.state, rig.engine.fsm.reason) == (DEAD, Reason.ACTOR_DIED)
     assert rig.times_init_began() == 1
 
 
@@ -140,7 +141,7 @@ def test_an_actor_restarted_while_init_runs_does_not_run_it_again(fleet):
     launch = fleet.in_background(rig.engine.init.remote())
     killed(rig)
     assert isinstance(launch.exception(60), ActorDiedError)
-    assert rig.engine.reason is Reason.ACTOR_DIED
+    assert rig.engine.fsm.reason is Reason.ACTOR_DIED
     assert rig.times_init_began() == 1
 
 
@@ -167,7 +168,7 @@ def test_an_engine_that_stays_cut_off_is_given_up_and_ray_s_last_error_is_kept(f
         cutter.join()
     assert type(raised.value.__cause__) is ActorUnavailableError
     assert isinstance(raised.value, ActorUnavailableError)
-    assert raised.value.actor_id == rig.engine.actor_id
+    assert raised.value.actor_id == managed(rig.engine).actor_id
     assert took_s < 60
     assert fleet.steps(rig.engine)[-1] == (UNAVAILABLE, DEAD, Reason.RETRY_EXHAUSTED)
     labels = {"model": "tiny", "worker_type": "regular", "reason": "retry_exhausted"}
@@ -191,15 +192,15 @@ def test_a_frozen_engine_runs_into_the_launch_deadline_which_names_all_that_stil
     assert "'engine-1'" in str(raised.value)
     assert "'engine-2'" in str(raised.value)
     assert "'engine-0'" not in str(raised.value)
-    assert rigs[0].engine.state is READY
-    assert rigs[1].engine.reason is Reason.LAUNCH_DEADLINE
+    assert rigs[0].engine.fsm.state is READY
+    assert rigs[1].engine.fsm.reason is Reason.LAUNCH_DEADLINE
 
 
 def test_resources_that_nobody_has_are_waited_for_until_the_caller_has_enough(fleet):
     rig = fleet.launch(resources={"no such thing": 1})
     with pytest.raises(GetTimeoutError, match=r"engine-0.*launching"):
         fleet.monitor.get(rig.engine.init.remote(), timeout=0.5)
-    assert rig.engine.state is LAUNCHING
+    assert rig.engine.fsm.state is LAUNCHING
 
 
 def test_an_outcome_of_an_older_incarnation_changes_nothing(fleet):
@@ -208,12 +209,12 @@ def test_an_outcome_of_an_older_incarnation_changes_nothing(fleet):
     old.wait_for("begun")
     fleet.monitor.release(old.engine)
     new = fleet.launch(name="one")
-    assert (old.engine.incarnation, new.engine.incarnation) == (1, 2)
+    assert (old.engine.fsm.incarnation, new.engine.fsm.incarnation) == (1, 2)
     killed(old)
     with pytest.raises(ActorDiedError):
         fleet.monitor.get(call)
-    assert (old.engine.reason, new.engine.state) == (Reason.RELEASED, LAUNCHING)
-    assert [engine.actor_id for engine in fleet.monitor.engines()] == [new.engine.actor_id]
+    assert (old.engine.fsm.reason, new.engine.fsm.state) == (Reason.RELEASED, LAUNCHING)
+    assert [managed(engine).actor_id for engine in fleet.monitor.engines()] == [managed(new.engine).actor_id]
 
 
 def test_a_listener_that_raises_costs_the_bringup_nothing(fleet, caplog):
@@ -251,7 +252,7 @@ def test_a_launch_that_ends_after_the_deadline_stays_late(fleet, policy):
     ray.wait([call.ref])
     with pytest.raises(LaunchDeadlineError):
         fleet.monitor.get(call)
-    assert rig.engine.state is DEAD
+    assert rig.engine.fsm.state is DEAD
 
 
 def adopt_anew(fleet, rigs):
@@ -260,7 +261,7 @@ def adopt_anew(fleet, rigs):
         rig.wait_for("pid")
         fleet.monitor.release(rig.engine)
     for rig in rigs:
-        rig.engine = fleet.monitor.adopt(rig.engine.handle, name=rig.engine.name)
+        rig.engine = fleet.monitor.adopt(rig.engine.handle, name=rig.engine.fsm.name)
 
 
 @pytest.mark.parametrize("policy", [RetryPolicy(launch_deadline_s=2, cap_s=2)])
@@ -269,7 +270,7 @@ def test_a_launch_method_that_is_called_again_after_the_deadline_may_be_lost_and
     adopt_anew(fleet, [rig])
     rig.open()
     fleet.monitor.get(rig.engine.init.remote())
-    wait_until(lambda: time.monotonic() > rig.engine.launched_at + 2.1, what="the deadline")
+    wait_until(lambda: time.monotonic() > managed(rig.engine).adopted_at + 2.1, what="the deadline")
     (rig.directory / "gate").unlink()
     again = fleet.in_background(rig.engine.init.remote())
     wait_until(lambda: rig.times_init_began() == 2, what="the second init")
@@ -277,7 +278,7 @@ def test_a_launch_method_that_is_called_again_after_the_deadline_may_be_lost_and
     fleet.wait_for_state(rig.engine, UNAVAILABLE)
     rig.open()
     assert again.result(60) == "launched"
-    assert rig.engine.state is READY
+    assert rig.engine.fsm.state is READY
 
 
 def get(monitor, calls):
@@ -285,7 +286,9 @@ def get(monitor, calls):
 
 
 def gather(monitor, calls):
-    return asyncio.run(monitor.gather(calls))
+    several = isinstance(calls, list)
+    values = asyncio.run(monitor.gather(*(calls if several else [calls])))
+    return values if several else values[0]
 
 
 def stand_still(until):
@@ -306,10 +309,10 @@ def test_launches_that_ended_in_time_are_in_time_though_they_are_heard_of_late(f
         rig.wait_for("begun")
     for rig in rigs:
         rig.open()
-    stand_still(rigs[-1].engine.launched_at + 2.1)
+    stand_still(managed(rigs[-1].engine).adopted_at + 2.1)
     assert launch.result(30) == [0, 1]
     assert [wait(fleet.monitor, call) for call in later] == [0, 1]
-    assert {rig.engine.state for rig in rigs} == {READY}
+    assert {rig.engine.fsm.state for rig in rigs} == {READY}
 
 
 @pytest.mark.parametrize("policy", [RetryPolicy(max_attempts=0)])
@@ -360,3 +363,12 @@ def test_a_call_of_another_monitor_s_engine_is_refused(fleet):
     with pytest.raises(ValueError, match="another monitor"):
         enginefsm.EngineMonitor().get(call)
     assert fleet.monitor.get(call) == "launched"
+
+
+def test_what_killed_an_engine_is_told_in_one_line_by_its_detail_and_its_step(fleet):
+    rig = fleet.launch()
+    rig.open()
+    with pytest.raises(RuntimeError, match="CUDA out of memory"):
+        fleet.monitor.get(rig.engine.init.remote("CUDA out of memory\non GPU 3"))
+    assert rig.engine.fsm.detail == "init() raised RuntimeError: CUDA out of memory on GPU 3"
+    assert [step.detail for step in fleet.events if isinstance(step, enginefsm.Transition)][-1] == rig.engine.fsm.detail

@@ -71,7 +71,7 @@ def test_arguments_are_those_of_the_moment_of_the_call(fleet):
     settings = {"port": 30000}
     launch = fleet.in_background(rig.engine.init.remote(value=settings))
     settings["port"] = 30001
-    rig.cut_until(lambda: rig.engine.state is enginefsm.EngineState.UNAVAILABLE)
+    rig.cut_until(lambda: rig.engine.fsm.state is enginefsm.EngineState.UNAVAILABLE)
     rig.open("let_go")
     rig.open()
     assert launch.result(60) == {"port": 30000}
@@ -91,7 +91,7 @@ def test_an_engine_equals_its_handle_and_says_what_it_is(fleet, engine):
     assert engine == engine.handle == again
     assert hash(engine) == hash(engine.handle)
     assert engine != fleet.launch().engine
-    assert repr(engine).startswith("MonitoredEngine('engine-0', ready, Actor(Engine")
+    assert repr(engine).startswith("Engine('engine-0', ready, Actor(Engine")
     assert "init" in dir(engine)
 
 
@@ -114,35 +114,38 @@ def test_calls_and_references_are_awaited_alone_and_mixed(fleet, engine):
 
 
 def test_adopting_an_adopted_handle_gives_the_same_engine(fleet, engine):
-    assert fleet.monitor.adopt(engine.handle, name=engine.name) is engine
+    assert fleet.monitor.adopt(engine.handle, name=engine.fsm.name) is engine
 
 
 def test_a_released_name_and_actor_can_be_adopted_again(fleet, engine):
     fleet.monitor.release(engine)
     fleet.monitor.release(engine)
     assert fleet.monitor.engines() == []
-    again = fleet.monitor.adopt(engine.handle, name=engine.name, launch="times_init_ran")
-    assert again.incarnation == 2
+    again = fleet.monitor.adopt(engine.handle, name=engine.fsm.name, launch="times_init_ran")
+    assert again.fsm.incarnation == 2
     assert fleet.monitor.get(again.times_init_ran.remote()) == 1
-    assert again.state is enginefsm.EngineState.READY
+    assert again.fsm.state is enginefsm.EngineState.READY
 
 
 def refusals(fleet, engine):
     monitor, handle = fleet.monitor, engine.handle
     other = ray.remote(Doomed).options(num_cpus=0)
+    foreign = other.remote()  # kept in a name: up to Ray 2.47 a method does not keep its handle
     ray_task = ray.remote(num_cpus=0)(lambda: 1)
     return {
         "has no method 'start'.*it has: .*init": lambda: monitor.adopt(other.remote(), name="x", launch="start"),
-        "has no method 'alive' to be its probe": lambda: monitor.adopt(other.remote(), name="x", probe="alive"),
+        "has no method 'alive' to be its launched_if": lambda: monitor.adopt(
+            other.remote(), name="x", launched_if="alive"
+        ),
         "takes the handle that": lambda: monitor.adopt(Doomed, name="x"),
         "is adopted already": lambda: monitor.adopt(engine, name="x"),
-        "adopted as 'engine-0' already": lambda: monitor.adopt(handle, name="x"),
+        "adopted as 'engine-0'": lambda: monitor.adopt(handle, name="x"),
         "living engine 'engine-0'.*release": lambda: monitor.adopt(other.remote(), name="engine-0"),
         "not empty": lambda: monitor.adopt(other.remote(), name=""),
         "cannot be given: state": lambda: monitor.adopt(other.remote(), name="x", state="ready"),
         r"enginefsm\.monitored": lambda: monitor.adopt(ray.remote(Asyncio).options(num_cpus=0).remote(), name="x"),
         "not of an engine.*ray.get": lambda: monitor.get([engine.times_init_ran.remote(), ray_task.remote()]),
-        "not of an engine.* adopt": lambda: monitor.get(other.remote().init.remote()),
+        "not of an engine.* adopt": lambda: monitor.get(foreign.init.remote()),
         "takes calls and ObjectRefs, not int": lambda: monitor.get([1]),
         "budget_s must be": lambda: enginefsm.RetryPolicy(budget_s=-1),
     }
@@ -168,7 +171,7 @@ def test_configure_comes_before_the_first_engine(engine):
 
 
 def test_two_monitors_of_one_actor_do_not_meet(fleet, engine):
-    monitors = [enginefsm.EngineMonitor(str(number)) for number in range(2)]
+    monitors = [enginefsm.EngineMonitor(run=str(number)) for number in range(2)]
     engines = [monitor.adopt(engine.handle, name="same") for monitor in monitors]
     calls = [[each.echo.remote(number) for number in range(20)] for each in engines]
     for monitor, mine in zip(monitors, calls, strict=True):

@@ -18,7 +18,7 @@ from support.bare_handles import RecordingHandle, bare_handle, recording_engine
 from enginefsm import EngineMonitor, RetryPolicy
 from enginefsm._calls.actor_side import DROPPED, RESTARTED
 from enginefsm._calls.calls import Arguments, Call, Ledger, says_restarted
-from enginefsm._engine.engine import MonitoredEngine
+from enginefsm._engine.managed import ManagedEngine
 from enginefsm._wait.arrivals import Raised
 from enginefsm._wait.wait import Wait
 from enginefsm.fsm.outcomes import Outcome
@@ -244,7 +244,7 @@ POLICY = RetryPolicy(base_s=0.02, factor=4, cap_s=3, budget_s=60, jitter="none")
 def lost():
     """An engine that can be reached no more, and how to lose a call to it that some wait has taken up."""
     record = EngineRecord("e", {}, 1, time.monotonic(), time.time())
-    real = MonitoredEngine(bare_handle(), record, "init", None, lambda _: None)
+    real = ManagedEngine(bare_handle(), record, "init", None, lambda _: None)
     real.handle = RecordingHandle()
     real.handle._ray_actor_id = ActorID.from_random()
 

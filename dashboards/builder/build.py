@@ -1,4 +1,4 @@
-"""Builds the Grafana dashboards: `python dashboards/build.py` writes dashboards/grafana/*.json.
+"""Builds the Grafana dashboards: `python dashboards/builder/build.py` writes dashboards/grafana/*.json.
 
 Written against the Grafana Foundation SDK as pinned in pyproject.toml. What is asked of Prometheus is in queries.py.
 In the classic schema, which every Grafana imports and provisions; the SDK prefers the one that began with Grafana 12.
@@ -29,7 +29,7 @@ from grafana_foundation_sdk.models import dashboard as models
 from grafana_foundation_sdk.models.heatmap import HeatmapColorMode
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
-OUT = Path(__file__).parent / "grafana"
+OUT = Path(__file__).parents[1] / "grafana"
 SOURCE = common_models.DataSourceRef(type_val="prometheus", uid="${datasource}")
 
 GREEN, BLUE, ORANGE, RED, GREY = "green", "blue", "orange", "red", "text"
