@@ -9,7 +9,7 @@ import click
 from enginefsm.cli.ends import RefusedError
 
 
-@click.command
+@click.command(short_help="Write dashboards, alert rules and runbooks.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),

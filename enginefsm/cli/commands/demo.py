@@ -11,7 +11,7 @@ import click
 from enginefsm.cli.ends import FAILED, OK, RefusedError
 
 
-@click.command
+@click.command(short_help="Start engines on a Ray of this machine and inject faults.")
 @click.option("--engines", type=int, default=4, metavar="N", help="The number of engines.")
 @click.option(
     "--faults",

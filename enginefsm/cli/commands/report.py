@@ -10,7 +10,7 @@ import click
 from enginefsm.cli.ends import RefusedError
 
 
-@click.command
+@click.command(short_help="Make one page from event logs.")
 @click.argument("events", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="EVENTS.jsonl...")
 @click.option(
     "--format",

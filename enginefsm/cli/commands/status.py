@@ -15,7 +15,7 @@ from enginefsm.cli.ends import FailedError
 MOST_READY = 40
 
 
-@click.command
+@click.command(short_help="Show runs and engines as the hub knows them.")
 @hub_options.address
 @hub_options.run
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON of the hub (see enginefsm.export.fleet).")

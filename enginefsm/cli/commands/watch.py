@@ -21,7 +21,7 @@ def _checked_interval(_: click.Context, __: click.Parameter, seconds: float) -> 
     return seconds
 
 
-@click.command
+@click.command(short_help="Show the same until Ctrl-C.")
 @hub_options.address
 @hub_options.run
 @click.option(
