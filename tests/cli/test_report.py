@@ -15,7 +15,8 @@ from support.bare_handles import bare_handle
 
 from enginefsm import CallOutcome, EngineMonitor, Outcome, Reason
 from enginefsm._engine.proxy import managed
-from enginefsm.cli import main as cli
+from enginefsm.cli import ends
+from enginefsm.cli.main import main
 from enginefsm.cli.report.axis import ticks
 from enginefsm.export import EventLog
 
@@ -83,9 +84,9 @@ def report(tmp_path, capfd):
     def run(text, *arguments, name="page.html"):
         log = tmp_path / "events.jsonl"
         log.write_bytes(text if isinstance(text, bytes) else text.encode())
-        code = cli.main(["report", str(log), "-o", str(tmp_path / name), *arguments])
+        code = main(["report", str(log), "-o", str(tmp_path / name), *arguments])
         said = capfd.readouterr().err
-        assert code == cli.OK, said
+        assert code == ends.OK, said
         return tmp_path / name, said
 
     return run
@@ -347,7 +348,7 @@ def test_a_file_that_gives_nothing_is_one_line_and_exit_code_2(tmp_path, capsys,
         log.mkdir()
     elif content is not None:
         log.write_text(content)
-    assert cli.main(["report", str(log), "-o", str(page)]) == cli.USAGE
+    assert main(["report", str(log), "-o", str(page)]) == ends.USAGE
     last = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(f"enginefsm report: {complaint}", last)
     assert not page.exists()
@@ -359,10 +360,10 @@ def test_it_is_written_as_a_whole_readable_by_all_and_never_over_the_log(report,
     assert stat.S_IMODE(page.stat().st_mode) == 0o644
     assert {path.name for path in tmp_path.iterdir()} == {"events.jsonl", "page.html"}
     log = str(tmp_path / "events.jsonl")
-    assert cli.main(["report", log, "-o", log]) == cli.USAGE
+    assert main(["report", log, "-o", log]) == ends.USAGE
     assert "is the event log itself" in capfd.readouterr().err
     assert (tmp_path / "events.jsonl").read_text() == text
-    assert cli.main(["report", log, "-o", str(tmp_path / "no" / "where.html")]) == cli.USAGE
+    assert main(["report", log, "-o", str(tmp_path / "no" / "where.html")]) == ends.USAGE
     assert capfd.readouterr().err.count("\n") == 1
 
 
