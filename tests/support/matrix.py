@@ -176,7 +176,7 @@ class Run:
             pins = row.directory / "pins.txt"
             pins.write_text(f"ray=={row.ray}\n")
             self.uv_pip("lowest versions", "--resolution", "lowest-direct", "--constraints", pins, "--requirements",
-                        SOURCE / "pyproject.toml", "--extra", "demo")  # fmt: skip
+                        SOURCE / "pyproject.toml", "--extra", "demo", "--extra", "report")  # fmt: skip
         else:
             self.uv_pip("Ray", "ray<3" if row.ray == "newest" else f"ray=={row.ray}")
         before = self.ray_version()
