@@ -12,22 +12,23 @@ from typing import Any, overload
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
-from enginefsm._calls.calls import Awaited, Call
+from enginefsm._calls.calls import Awaited, Call, LaunchedIf
 from enginefsm._engine.checks import check_adopted, check_watched
-from enginefsm._engine.engine import MonitoredEngine, Probe
 from enginefsm._engine.launch_stages import LaunchStages
+from enginefsm._engine.proxy import Engine, managed
+from enginefsm._engine.registry import EngineRegistry
 from enginefsm._ray import ends as _ends
 from enginefsm._ray import handles as _ray_handles
+from enginefsm._ray import keepalive
 from enginefsm._wait.lane import Lane
 from enginefsm._wait.loops import pace, wait_on_loop
 from enginefsm._wait.threads import wait_blocking
 from enginefsm._wait.wait import Wait
-from enginefsm.errors import RestartCapError
 from enginefsm.events import Event, Listener
 from enginefsm.export import FLUSH_S, Exporter, Exports, from_environment
 from enginefsm.export.delivery import Delivery
-from enginefsm.fsm.incarnations import FIRST, Incarnation, Lineage
-from enginefsm.fsm.states import EngineRecord, EngineState, Reason, Transition
+from enginefsm.fsm.incarnations import Incarnation
+from enginefsm.fsm.states import EngineState, Reason, Transition
 from enginefsm.fsm.verdicts import VerdictLimits
 from enginefsm.health.checker import Fleet, Settings
 from enginefsm.health.monitor import HealthMonitor, Verdict
@@ -60,6 +61,7 @@ class EngineMonitor:
 
     def __init__(
         self,
+        *,
         run: str = "",
         policy: RetryPolicy | None = None,
         listeners: Iterable[Listener] = (),
@@ -70,19 +72,18 @@ class EngineMonitor:
         """The name of the training run, on every metric."""
         self.policy = policy or RetryPolicy()
         self.restart_cap = restart_cap
-        self._engines: dict[str, MonitoredEngine] = {}  # by actor id
-        self._by_name: dict[str, MonitoredEngine] = {}  # the newest incarnation
-        self._released: dict[str, Lineage] = {}  # by name, where the newest incarnation was released
-        self._lock = threading.Lock()  # around the three above
+        self._lock = threading.Lock()  # around the watches and the exports
         # For event loops, which neither what takes its time nor the wait for exporters is to keep up.
         self._doing, self._flushing = Lane("doing"), Lane("flush")
         self._watches: list[HealthMonitor] = []
         self._limits = VerdictLimits()
-        self.metrics = FleetMetrics(run, self.engines, self._limits.held)
+        self._delivery = Delivery([_log], lambda listener: self.metrics.listener_failed(listener))
+        self._registry = EngineRegistry(self._delivery.put, restart_cap)
+        self.metrics = FleetMetrics(run, self._registry.engines, self._limits.held)
         """What Prometheus is told."""
-        self.stages = LaunchStages(self.engines)
-        """How far Ray says that launches are, for those who tell of them."""
-        self._delivery = Delivery([_log, self.metrics, *listeners], self.metrics.listener_failed)
+        self.stages = LaunchStages(self._registry.engines)
+        """How far Ray says that launches are."""
+        self._delivery.listeners += [self.metrics, *listeners]
         for listener in self._delivery.listeners:
             self.metrics.expect_listener(listener)
         self._exporters = from_environment() if export is None else list(export)
@@ -92,108 +93,83 @@ class EngineMonitor:
         """Whether it has ended: its watches, and what it exported."""
 
     def adopt(
-        self, handle: ActorHandle[Any], *, name: str, launch: str = "init", probe: Probe | None = None, **labels: object
-    ) -> MonitoredEngine:
+        self,
+        handle: ActorHandle[Any],
+        *,
+        name: str,
+        launch: str = "init",
+        launched_if: LaunchedIf | None = None,
+        **labels: object,
+    ) -> Engine:
         """Take an engine actor under this monitor.
 
         Args:
             handle: The actor. Adopting it again under the same name gives the same engine.
-            name: Unique among the living of this monitor; the successor of a dead or released engine is a new
+            name: Unique among the living engines of this monitor. The successor of a dead or released engine is a new
                 incarnation of the name.
             launch: The method whose outcome says whether the engine launched.
-            probe: For those who call `launch` on the plain handle: a method of the actor, by name, or a function of
-                the actor instance, that says whether the launch succeeded. Asked when the plain reference is lost.
+            launched_if: For a `launch` that is called on the plain handle: a method of the actor, by name, or a
+                function of the actor instance, that says whether the launch succeeded. The monitor calls it if the
+                plain reference is lost. If it returns a falsy value or raises, the launch counts as unfinished and it
+                is called again.
             labels: Shown wherever the engine is named. `model`, `worker_type` and `node` are labels of the metrics.
 
         Raises:
             TypeError: `handle` is not the handle of a Python actor, or it is an asyncio actor's without `monitored`.
-            ValueError: There is no such launch method or probe, the name is another living engine's, or the actor
-                is adopted under another name.
-            RestartCapError: The name has had as many restarts as `restart_cap` allows; nothing has changed. Ask
+            ValueError: There is no such method, the name is another living engine's, or the actor is adopted under
+                another name.
+            RestartCapError: The name has had as many restarts as `restart_cap` allows. Nothing has changed. Call
                 `may_restart` before you create the actor.
         """
-        check_adopted(handle, name, launch, probe, labels)
-        actor_id = _ray_handles.actor_id(handle)
+        check_adopted(handle, name, launch, launched_if, labels)
         self._begin()
-        with self._lock:
-            known = self._engines.get(actor_id)
-            if known is not None:
-                if known.name != name:
-                    raise ValueError(f"this actor is adopted as {known.name!r} already; it cannot be {name!r} as well")
-                return known
-            namesake = self._by_name.get(name)
-            if namesake is not None and namesake.state is not EngineState.DEAD:
-                raise ValueError(
-                    f"there is a living engine {name!r} ({namesake.state}) with another actor: choose another name, "
-                    f"or release() that engine if this one replaces it"
-                )
-            lineage, now = self._lineage(name), time.monotonic()
-            if self.restart_cap is not None and lineage.out_since is not None:
-                wait_s = self.restart_cap.allows_in_s(lineage.restarted_at, now)
-                if wait_s > 0:
-                    raise RestartCapError(name, lineage.past, self.restart_cap, wait_s)
-            lineage = lineage.restarted(now, self.restart_cap)
-            texts = {key: str(value) for key, value in labels.items()}
-            record = EngineRecord(name, texts, lineage.next_incarnation, now, time.time(), lineage.out_since)
-            engine = MonitoredEngine(handle, record, launch, probe, self._delivery.put, self, lineage)
-            self._engines[actor_id] = self._by_name[name] = engine
-            self._released.pop(name, None)
-            if namesake is not None:
-                self._engines.pop(namesake.actor_id, None)
-            self._delivery.put(record.first_step())
-        self.metrics.expect_calls(texts, launch)
+        texts = {key: str(value) for key, value in labels.items()}
+        engine = self._registry.adopt(handle, name, launch, launched_if, texts, self)
+        self.metrics.expect_calls(engine.fsm.labels, launch)
         self._delivery.deliver_here_or_aside()
+        if not keepalive.finds_silent_links():
+            self.stages.look(0)  # its answer tells which nodes engines are on
         return engine
 
-    def release(self, engine: MonitoredEngine) -> None:
+    def release(self, engine: Engine) -> None:
         """Let go of an engine that is being shut down or replaced: it is dead to the monitor, its series go away.
 
         The actor is not touched. Its name and its actor may be adopted again. Releasing twice does nothing.
         """
-        with self._lock:
-            engine.step(Reason.RELEASED)
-            if self._engines.get(engine.actor_id) is engine:  # else its actor was adopted again
-                del self._engines[engine.actor_id]
-            if self._by_name.get(engine.name) is engine:
-                del self._by_name[engine.name]
-                self._released[engine.name] = engine.lineage_after()
+        self._registry.release(engine)
         self._delivery.deliver_here_or_aside()
 
     def may_restart(self, name: str) -> bool:
-        """Whether `restart_cap` allows the engine of that name, dead or about to be, one more restart now.
+        """Return whether `restart_cap` allows the engine of that name, dead or about to be, one more restart now.
 
-        To be asked before anything is spent on a new actor. True where there is no cap, and of a name not known.
+        Call it before you spend anything on a new actor. True if there is no cap or the name is not known.
         """
-        cap = self.restart_cap
-        with self._lock:
-            return cap is None or cap.allows_in_s(self._lineage(name).restarted_at, time.monotonic()) <= 0
+        return self._registry.may_restart(name)
 
     def history(self, name: str) -> list[Incarnation]:
-        """What became of each incarnation of that name, oldest first, the present one last; empty for one not known.
+        """Return what became of each incarnation of a name, oldest first, the present one last.
 
-        The newest `INCARNATIONS_KEPT` (16) are kept.
+        The newest `INCARNATIONS_KEPT` (16) are kept. The list is empty if the name is not known.
         """
-        with self._lock:
-            engine = self._by_name.get(name)
-            return list(self._lineage(name).past) if engine is None else engine.history()
+        return self._registry.history(name)
 
-    def engines(self) -> list[MonitoredEngine]:
-        """The engines of this monitor, the dead included, but for those released or replaced."""
-        with self._lock:
-            return list(self._engines.values())
+    def engines(self) -> list[Engine]:
+        """Return the engines of this monitor, the dead included, except those that were released or replaced."""
+        return self._registry.held()
 
-    def engine(self, name: str) -> MonitoredEngine | None:
-        """The newest engine of that name, dead or not; None when there is none, or it was released."""
-        with self._lock:
-            return self._by_name.get(name)
+    def engine(self, name: str) -> Engine | None:
+        """Return the newest engine of a name, dead or not, or None if there is none or it was released."""
+        return self._registry.newest(name)
 
     @overload
-    def get(self, calls: Call | ObjectRef[Any], timeout: float | None = None) -> Any: ...
+    def get(self, calls: Call | ObjectRef[Any], *, timeout: float | None = None) -> Any: ...
 
     @overload
-    def get(self, calls: Sequence[Call | ObjectRef[Any]], timeout: float | None = None) -> list[Any]: ...
+    def get(self, calls: Sequence[Call | ObjectRef[Any]], *, timeout: float | None = None) -> list[Any]: ...
 
-    def get(self, calls: Call | ObjectRef[Any] | Sequence[Call | ObjectRef[Any]], timeout: float | None = None) -> Any:
+    def get(
+        self, calls: Call | ObjectRef[Any] | Sequence[Call | ObjectRef[Any]], *, timeout: float | None = None
+    ) -> Any:
         """Wait for calls as `ray.get` does, but bear with engines that are unavailable for a time.
 
         A call whose engine became unavailable is submitted again, to the same actor, within the policy's bounds,
@@ -225,21 +201,12 @@ class EngineMonitor:
         results = [values[one] for one in awaited]
         return results if several else results[0]
 
-    @overload
-    async def gather(self, calls: Call | ObjectRef[Any], timeout: float | None = None) -> Any: ...
-
-    @overload
-    async def gather(self, calls: Sequence[Call | ObjectRef[Any]], timeout: float | None = None) -> list[Any]: ...
-
-    async def gather(
-        self, calls: Call | ObjectRef[Any] | Sequence[Call | ObjectRef[Any]], timeout: float | None = None
-    ) -> Any:
+    async def gather(self, *calls: Call | ObjectRef[Any], timeout: float | None = None) -> list[Any]:
         """Wait for calls as `get` does, on the running event loop, which goes on meanwhile.
 
-        Takes, gives and raises what `get` does. Cancelling it leaves the calls as a timeout does: they may be awaited
-        again. Listeners are called on a thread of the monitor's.
+        Return their values in order, as `asyncio.gather` does. Raise what `get` raises. Cancelling it leaves the calls
+        as a timeout does: they may be awaited again. Listeners are called on a thread of the monitor's.
         """
-        several = isinstance(calls, Sequence)
         turn, awaited = pace(), []
         for one in _given(calls, timeout):
             await turn()
@@ -253,19 +220,19 @@ class EngineMonitor:
             self._delivery.deliver_aside()
             raise
         await self._delivery.delivered()
-        results = [values[one] for one in awaited]
-        return results if several else results[0]
+        return [values[one] for one in awaited]
 
     def watch(
         self,
-        engines: Iterable[MonitoredEngine | Sequence[MonitoredEngine]],
+        engines: Iterable[Engine | Sequence[Engine]],
+        *,
         probe: str = "health_generate",
         interval_s: float = 10.0,
         timeout_s: float = 30.0,
         failure_threshold: int = 3,
         first_wait_s: float = 0.0,
         on_dead: Callable[[Verdict], object] | None = None,
-        url: str | None = None,
+        address: str | None = None,
     ) -> HealthMonitor:
         """Probe engines that have launched, in the background, and tell of those that are dead or are to be given up.
 
@@ -285,7 +252,7 @@ class EngineMonitor:
             first_wait_s: How long no probe is sent, after the start and after each `resume`.
             on_dead: Called with each `Verdict`, one at a time, on a thread of its own. One that raises is logged and
                 counted; of one that keeps others waiting for more than a minute, that is logged.
-            url: A method of the actors that gives the server's base URL. The server is then asked as well, by
+            address: A method of the actors that gives the server's base URL. The server is then asked as well, by
                 `GET /health`: that it answers at all, though the actor is silent, keeps the engine; that it does not
                 serve, though the actor answers, is a failure. SGLang answers 503 while its scheduler is held, as in
                 a weight update: have `timeout_s` above the 20 s that this takes it.
@@ -295,17 +262,18 @@ class EngineMonitor:
                 or has no such method. Nothing is watched then.
         """
         groups = [list(one) if isinstance(one, Sequence) else [one] for one in engines]
-        settings = Settings(probe, interval_s, timeout_s, failure_threshold, first_wait_s, url)
-        check_watched(self, groups, probe, url, on_dead)
-        fleet = Fleet(self.engine, self.policy, self.metrics, self._limits, self._delivery.deliver)
+        settings = Settings(probe, interval_s, timeout_s, failure_threshold, first_wait_s, address)
+        check_watched(self, groups, probe, address, on_dead)
+        fleet = Fleet(self._registry.engine, self.policy, self.metrics, self._limits, self._delivery.deliver)
         with self._lock:
             self._watches = [watch for watch in self._watches if not watch.stopped]
             taken = {name for watch in self._watches for name in watch.names}
             for engine in (engine for group in groups for engine in group):
-                if engine.name in taken:
-                    raise ValueError(f"engine {engine.name!r} is watched already: stop() that health monitor first")
-                taken.add(engine.name)
-            watch = HealthMonitor(fleet, groups, settings, on_dead)
+                if engine.fsm.name in taken:
+                    raise ValueError(f"engine {engine.fsm.name!r} is watched already: stop() that health monitor first")
+                taken.add(engine.fsm.name)
+            records = [[managed(engine) for engine in group] for group in groups]
+            watch = HealthMonitor(fleet, records, settings, on_dead)
             self._watches.append(watch)
         return watch
 
@@ -314,12 +282,12 @@ class EngineMonitor:
         self.metrics.expect_listener(listener)
         self._delivery.listeners.append(listener)
 
-    def flush(self, timeout_s: float = FLUSH_S) -> bool:
+    def flush(self, *, timeout_s: float = FLUSH_S) -> bool:
         """Wait until the exporters have everything up to now, `timeout_s` seconds at most; says whether they have."""
         exports = self._exports
         return exports is None or exports.flush(timeout_s)
 
-    def close(self, timeout_s: float = FLUSH_S) -> None:
+    def close(self, *, timeout_s: float = FLUSH_S) -> None:
         """End in good order: nothing is watched any more; exporters are given what is left, and that this is the end.
 
         Either takes `timeout_s` seconds at most. Engines and their actors are not touched. What happens to them
@@ -341,17 +309,12 @@ class EngineMonitor:
         for outbox in exports.outboxes:
             self._delivery.listeners.remove(outbox)
 
-    def serve_metrics(self, port: int, addr: str = "127.0.0.1") -> MetricsServer:
+    def serve_metrics(self, port: int, *, addr: str = "127.0.0.1") -> MetricsServer:
         """Serve this monitor's metrics at `http://addr:port/metrics` from a thread; port 0 picks a free one.
 
         Raises OSError when the address cannot be bound.
         """
         return self.metrics.serve(port, addr)
-
-    def _lineage(self, name: str) -> Lineage:
-        """What the next incarnation of a name is to follow. To be called under the lock."""
-        engine = self._by_name.get(name)
-        return self._released.get(name, FIRST) if engine is None else engine.lineage_after()
 
     def _begin(self) -> None:
         """With the first engine, begin to export, and have the end told."""
@@ -359,7 +322,7 @@ class EngineMonitor:
             if self._has_begun:
                 return
             if self._exporters:
-                self._exports = Exports(self._exporters, self)
+                self._exports = Exports(self._exporters, ExportedFleet(self))
                 self._delivery.listeners.extend(self._exports.outboxes)
             self._has_begun = True
         _ends.tell_before(self.close)
@@ -376,14 +339,13 @@ class EngineMonitor:
 
     def _awaited(self, one: Any) -> Awaited:
         if isinstance(one, Call):
-            if one.engine.owner is not self:
+            if one.engine.awaiter is not self:
                 raise ValueError(f"{one!r} is of an engine of another monitor: await it there")
             return one
         if not isinstance(one, ObjectRef):
             raise TypeError(f"get() takes calls and ObjectRefs, not {type(one).__name__}")
         actor_id = _ray_handles.actor_id_of(one)
-        with self._lock:
-            engine = None if actor_id is None else self._engines.get(actor_id)
+        engine = None if actor_id is None else self._registry.of_actor(actor_id)
         if engine is None:
             raise ValueError(
                 f"{one!r} is not of an engine that this monitor has adopted: adopt() its actor first, or use ray.get"
@@ -391,7 +353,18 @@ class EngineMonitor:
         return engine.plain_ref(one)
 
     def _wait(self) -> Wait:
-        return Wait(self.policy, self.engines, self._delivery.put, lambda: self.stages.look(STAGE_S))
+        return Wait(self.policy, self._registry.engines, self._delivery.put, lambda: self.stages.look(STAGE_S))
+
+
+class ExportedFleet:
+    """A monitor, as exporters see it."""
+
+    def __init__(self, monitor: EngineMonitor) -> None:
+        self.run = monitor.run
+        self.metrics = monitor.metrics
+        self.stages = monitor.stages
+        self.engines = monitor._registry.engines
+        self.engine = monitor._registry.engine
 
 
 def _given(calls: Any, timeout: float | None) -> list[Any]:
@@ -409,6 +382,7 @@ def _log(event: Event) -> None:
     if event.reason is Reason.RELEASED:
         level = logging.INFO
     logger.log(
-        level, "engine %s is %s: %s (after %.1f s %s)",
-        event.engine, event.to_state, event.reason, event.spent_s, event.from_state or "",
+        level, "engine %s is %s: %s%s (after %.1f s %s)",
+        event.engine, event.to_state, event.reason, f": {event.detail}" if event.detail else "", event.spent_s,
+        event.from_state or "",
     )  # fmt: skip

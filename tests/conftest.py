@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# As enginefsm.runtime_env() sets them. Ray reads them when it is imported.
+os.environ.update(RAY_grpc_client_keepalive_time_ms="10000", RAY_grpc_client_keepalive_timeout_ms="10000")
+
 import contextlib
 import signal
 import threading
@@ -12,6 +17,7 @@ import pytest
 import ray
 from support.clusters import local_ray
 from support.engines import Engine, held_within, wait_until
+from support.ways import GET
 
 import enginefsm
 from enginefsm.rehearsal import chaos
@@ -26,6 +32,16 @@ RAY_TELLS_WITHIN_S = 5.0  # of a connection that broke: a second, and a busy mac
 
 # A shell ignores Ctrl-C for what it starts in the background, this run and all that it starts among them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Each of these fixtures starts Ray or real servers. A test that starts them itself has the mark written at it.
+FIXTURES_OF_RAY = {"clusters", "real", "router", "start", "two_nodes"}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if FIXTURES_OF_RAY.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.ray)
 
 
 class Clusters:
@@ -72,7 +88,7 @@ class Fleet:
         self.directory = directory
         self.events = []
         self.came = threading.Condition()
-        self.monitor = enginefsm.EngineMonitor("test", policy, listeners=[self.listen])
+        self.monitor = enginefsm.EngineMonitor(run="test", policy=policy, listeners=[self.listen])
         self.threads = ThreadPoolExecutor()
         self.actors = []
         self.engine_class = Engine
@@ -104,7 +120,7 @@ class Fleet:
         return Rig(self.monitor.adopt(actor, name=name, model="tiny", worker_type="regular", **options), directory)
 
     def in_background(self, calls, timeout=None):
-        return self.threads.submit(self.monitor.get, calls, timeout)
+        return self.threads.submit(self.monitor.get, calls, timeout=timeout)
 
     def steps(self, engine):
         """(from, to, reason) of each transition of one incarnation."""
@@ -112,11 +128,11 @@ class Fleet:
             (step.from_state, step.to_state, step.reason)
             for step in self.events
             if isinstance(step, enginefsm.Transition)
-            and (step.engine, step.incarnation) == (engine.name, engine.incarnation)
+            and (step.engine, step.incarnation) == (engine.fsm.name, engine.fsm.incarnation)
         ]
 
     def outcomes(self, engine):
-        return [e for e in self.events if isinstance(e, enginefsm.CallOutcome) and e.engine == engine.name]
+        return [e for e in self.events if isinstance(e, enginefsm.CallOutcome) and e.engine == engine.fsm.name]
 
     def wait_for(self, condition, timeout_s=60.0):
         with self.came:
@@ -207,6 +223,14 @@ def make_fleet(tmp_path, policy):
 
 
 @pytest.fixture
-def fleet(cluster, make_fleet):
+def way(request):
+    """How the fleet waits for its engines; `support.ways.also` gives others."""
+    return getattr(request, "param", GET)
+
+
+@pytest.fixture
+def fleet(cluster, make_fleet, way):
     """Engines on Ray as it comes."""
-    return make_fleet()
+    fleet = make_fleet()
+    with way.used_by(fleet):
+        yield fleet

@@ -157,7 +157,7 @@ def test_an_engine_whose_connection_breaks_becomes_unavailable_and_ready_again_a
     for times in (1, 2):
         cut_during_a_probe(rig)
         fleet.wait_for_state(rig.engine, UNAVAILABLE, times)
-        assert rig.engine.reason is Reason.ACTOR_UNAVAILABLE
+        assert rig.engine.fsm.reason is Reason.ACTOR_UNAVAILABLE
         heal(rig, "slow")
         fleet.wait_for_state(rig.engine, READY, times + 1)
     assert verdicts.given == []
@@ -176,7 +176,7 @@ def test_a_killed_actor_is_dead_by_rays_word_within_an_interval(fleet, watch, ve
             took_s.append(since_killed.s)
         assert (verdict.engine, verdict.engines) == (rig.engine, (rig.engine,))
         assert end_of(verdict)[:2] == (Reason.ACTOR_DIED, False)
-        assert rig.engine.state is DEAD
+        assert rig.engine.fsm.state is DEAD
     assert min(took_s) < 2  # 0.2 s, a loaded machine aside
 
 
@@ -197,7 +197,7 @@ def test_a_frozen_actor_is_given_up_after_the_threshold_and_one_that_thaws_befor
     wait_for_probes(rig)
     with chaos.freeze(rig.pid):
         fleet.wait_for_state(rig.engine, UNAVAILABLE)
-        assert rig.engine.reason is Reason.PROBE_TIMEOUT
+        assert rig.engine.fsm.reason is Reason.PROBE_TIMEOUT
     fleet.wait_for_state(rig.engine, READY, 2)
     assert verdicts.given == []
     with chaos.freeze(rig.pid):
@@ -214,10 +214,10 @@ def test_an_answer_that_comes_late_is_an_answer_and_no_probe_queues_behind_it(fl
     slow_down(rig)
     sent, silent = probes(rig), checks(fleet, "silent")
     wait_until(lambda: checks(fleet, "silent") >= silent + 5, what="some intervals")
-    assert rig.engine.state is UNAVAILABLE
+    assert rig.engine.fsm.state is UNAVAILABLE
     assert probes(rig) == sent
     heal(rig, "slow")
-    wait_until(lambda: rig.engine.state is READY, what="the late answer")
+    wait_until(lambda: rig.engine.fsm.state is READY, what="the late answer")
     assert verdicts.given == []
 
 
@@ -229,9 +229,9 @@ def test_what_is_false_or_raises_is_a_failure_and_a_success_clears_them(fleet, w
         before = checks(fleet, "failed")
         rig.open(sign)
         wait_until(lambda b=before: checks(fleet, "failed") >= b + 3, what="three failures")
-        assert rig.engine.state is UNAVAILABLE
+        assert rig.engine.fsm.state is UNAVAILABLE
         heal(rig, sign)
-        wait_until(lambda: rig.engine.state is READY, what="the success")
+        wait_until(lambda: rig.engine.fsm.state is READY, what="the success")
     assert verdicts.given == []
     rig.open(sign)
     assert end_of(verdicts.wait_for()) == (*OURS, Reason.PROBE_FAILED)
@@ -242,11 +242,11 @@ def test_the_actors_other_answers_do_not_make_an_engine_ready_whose_probe_fails(
     (rig,) = bring_up(fleet)
     watch([rig.engine], failure_threshold=1000)
     rig.open("ill")
-    wait_until(lambda: rig.engine.reason is Reason.PROBE_FAILED, what="its failure")
+    wait_until(lambda: rig.engine.fsm.reason is Reason.PROBE_FAILED, what="its failure")
     assert fleet.monitor.get(rig.engine.times_init_ran.remote()) == 1
-    assert rig.engine.state is UNAVAILABLE
+    assert rig.engine.fsm.state is UNAVAILABLE
     heal(rig, "ill")
-    wait_until(lambda: rig.engine.state is READY, what="the success")
+    wait_until(lambda: rig.engine.fsm.state is READY, what="the success")
 
 
 def test_a_probe_is_given_the_timeout(fleet, watch):
@@ -270,7 +270,7 @@ def test_silence_while_a_call_of_ours_is_out_says_nothing(fleet, watch, verdicts
     held_call = rig.engine.hold.remote()
     rig.wait_for("held")
     wait_until(lambda: checks(fleet, "busy") >= 4, what="some intervals")
-    assert rig.engine.state is READY
+    assert rig.engine.fsm.state is READY
     rig.open("let_go")
     fleet.monitor.get(held_call)
     wait_for_probes(rig, 2)
@@ -300,7 +300,7 @@ def test_a_call_that_was_cut_off_may_run_on_and_excuses_silence_though_nobody_aw
     wait_until(lambda: checks(fleet, "busy") >= before + 4, what="some intervals")
     rig.open("let_go")
     wait_for_probes(rig, 2)
-    wait_until(lambda: rig.engine.state is READY, what="the recovery")
+    wait_until(lambda: rig.engine.fsm.state is READY, what="the recovery")
     assert verdicts.given == []
 
 
@@ -325,7 +325,7 @@ def test_an_engine_that_dies_before_anybody_has_seen_its_launch_succeed_is_told_
     rigs[0].open()
     ray.wait([inits[0].ref])
     assert end_of(verdicts.wait_for()) == (Reason.INIT_FAILED, False, None)
-    assert rigs[0].engine.state is EngineState.LAUNCHING
+    assert rigs[0].engine.fsm.state is EngineState.LAUNCHING
     chaos.kill(rigs[0].pid)
     verdict = verdicts.wait_for(2)
     assert (verdict.engine, end_of(verdict)) == (rigs[0].engine, (Reason.ACTOR_DIED, False, None))
@@ -359,7 +359,7 @@ def test_a_server_that_dies_under_a_living_actor_is_noticed_by_its_probe(fleet, 
 
 def test_a_server_that_dies_is_noticed_over_http_though_the_actor_says_that_all_is_well(fleet, watch, verdicts):
     rigs = bring_up(fleet, 2, Served)
-    watch([rig.engine for rig in rigs], on_dead=verdicts, probe="__ray_ready__", url="url", timeout_s=2)
+    watch([rig.engine for rig in rigs], on_dead=verdicts, probe="__ray_ready__", address="url", timeout_s=2)
     wait_until(lambda: checks(fleet, "answered", "serves") >= 4, what="some checks")
     pid = server_pid(rigs[0])
     with Stopwatch() as since_killed:
@@ -369,17 +369,17 @@ def test_a_server_that_dies_is_noticed_over_http_though_the_actor_says_that_all_
     assert (verdict.engine, end_of(verdict)) == (rigs[0].engine, (*OURS, Reason.PROBE_FAILED))
     assert verdict.server is Server.FAILS
     assert checks(fleet, "answered", "fails") >= 3
-    assert rigs[1].engine.state is READY
+    assert rigs[1].engine.fsm.state is READY
 
 
 def test_an_actor_that_is_silent_while_its_server_serves_is_unavailable_and_no_more(fleet, watch, verdicts):
     rigs = bring_up(fleet, 2, Served)
-    settings = {"probe": "__ray_ready__", "url": "url", "failure_threshold": 1, "timeout_s": 2}
+    settings = {"probe": "__ray_ready__", "address": "url", "failure_threshold": 1, "timeout_s": 2}
     watch([rig.engine for rig in rigs], on_dead=verdicts, **settings)
     wait_until(lambda: checks(fleet, "answered", "serves") >= 4, what="some checks")
     with chaos.freeze(actor_pid(rigs[0])):
         wait_until(lambda: checks(fleet, "silent", "serves") >= 5, what="more silence than the threshold")
-        assert (rigs[0].engine.state, rigs[0].engine.reason) == (UNAVAILABLE, Reason.PROBE_TIMEOUT)
+        assert (rigs[0].engine.fsm.state, rigs[0].engine.fsm.reason) == (UNAVAILABLE, Reason.PROBE_TIMEOUT)
     fleet.wait_for_state(rigs[0].engine, READY, 2)
     assert verdicts.given == []
 
@@ -390,7 +390,7 @@ def test_an_actor_that_is_silent_while_its_server_serves_is_given_up_when_the_bu
     fleet = make_fleet(enginefsm.RetryPolicy(budget_s=1))
     rigs = bring_up(fleet, 2, Served)
     settings = FAST | {"probe": "__ray_ready__", "failure_threshold": 1, "timeout_s": 2}
-    fleet.monitor.watch([rig.engine for rig in rigs], url="url", on_dead=verdicts, **settings)
+    fleet.monitor.watch([rig.engine for rig in rigs], address="url", on_dead=verdicts, **settings)
     wait_until(lambda: checks(fleet, "answered", "serves") >= 4, what="some checks")
     began = time.monotonic()
     with chaos.freeze(actor_pid(rigs[0])):
@@ -402,7 +402,7 @@ def test_an_actor_that_is_silent_while_its_server_serves_is_given_up_when_the_bu
 
 def test_while_a_call_is_out_a_server_that_is_unwell_ends_nothing_and_one_that_refuses_does(fleet, watch, verdicts):
     (rig,) = bring_up(fleet, cls=Hosted)
-    watch([rig.engine], on_dead=verdicts, url="url", failure_threshold=1)
+    watch([rig.engine], on_dead=verdicts, address="url", failure_threshold=1)
     with server_of(rig) as server:
         wait_until(lambda: checks(fleet, "answered", "serves") >= 2, what="some checks")
         held_call = rig.engine.hold.remote()  # as an update of weights, for which SGLang's scheduler is held
@@ -410,7 +410,7 @@ def test_while_a_call_is_out_a_server_that_is_unwell_ends_nothing_and_one_that_r
         wait_until(lambda: checks(fleet, "busy", "serves") >= 1, what="a check behind the call")
         server.status = 503
         wait_until(lambda: checks(fleet, "busy", "unwell") >= 4, what="some intervals")
-        assert rig.engine.state is READY
+        assert rig.engine.fsm.state is READY
     assert verdicts.wait_for().server is Server.FAILS
     rig.open("let_go")
     ray.get(held_call.ref)
@@ -419,7 +419,7 @@ def test_while_a_call_is_out_a_server_that_is_unwell_ends_nothing_and_one_that_r
 def test_an_engine_that_answers_while_its_server_is_unwell_is_given_up_after_the_threshold(fleet, watch, verdicts):
     (rig,) = bring_up(fleet, cls=Hosted)
     with server_of(rig) as server:
-        watch([rig.engine], on_dead=verdicts, url="url")
+        watch([rig.engine], on_dead=verdicts, address="url")
         wait_until(lambda: checks(fleet, "answered", "serves") >= 2, what="some checks")
         server.status = 503
         verdict = verdicts.wait_for()
@@ -430,7 +430,7 @@ def test_an_actor_that_is_silent_while_its_server_is_unwell_is_kept_for_the_budg
     fleet = make_fleet(enginefsm.RetryPolicy(budget_s=2))
     (rig,) = bring_up(fleet, cls=Hosted)
     with server_of(rig) as server:
-        fleet.monitor.watch([rig.engine], url="url", on_dead=verdicts, **FAST | {"failure_threshold": 1})
+        fleet.monitor.watch([rig.engine], address="url", on_dead=verdicts, **FAST | {"failure_threshold": 1})
         wait_until(lambda: checks(fleet, "answered", "serves") >= 2, what="some checks")
         began = time.monotonic()
         rig.open("slow")
@@ -525,7 +525,7 @@ def test_an_engine_that_says_that_it_is_ill_is_given_up_though_this_process_is_s
 def test_the_time_for_which_a_process_was_stopped_is_no_part_of_an_outage(cluster, make_fleet, verdicts):
     fleet = make_fleet(enginefsm.RetryPolicy(budget_s=4))
     rigs = bring_up(fleet, 2, Served)
-    settings = FAST | {"probe": "__ray_ready__", "url": "url", "timeout_s": 1}
+    settings = FAST | {"probe": "__ray_ready__", "address": "url", "timeout_s": 1}
     fleet.monitor.watch([rig.engine for rig in rigs], on_dead=verdicts, **settings)
     wait_until(lambda: checks(fleet, "answered", "serves") >= 4, what="some checks")
     with chaos.freeze(actor_pid(rigs[0])):
@@ -569,7 +569,7 @@ def test_no_more_than_a_quarter_is_given_up_at_a_time_and_the_rest_comes_back_wh
         before = checks(fleet, "failed")
         wait_until(lambda: checks(fleet, "failed") >= before + 5, what="more failures")
     assert len(lines_of(caplog, "is held")) == 1
-    assert rigs[1].engine.state is UNAVAILABLE
+    assert rigs[1].engine.fsm.state is UNAVAILABLE
     heal(rigs[1], "ill")
     fleet.wait_for_state(rigs[1].engine, READY, 2)
     wait_until(lambda: held(fleet, "kill_cap") == 0, what="the end of the hold")
@@ -653,7 +653,7 @@ def test_an_engine_of_several_actors_ends_once_by_whichever_of_them_fails(fleet,
     verdict = verdicts.wait_for()
     assert verdict.engine is rigs[1].engine
     assert verdict.engines == (rigs[0].engine, rigs[1].engine)
-    assert rigs[0].engine.state is READY
+    assert rigs[0].engine.fsm.state is READY
     chaos.kill(rigs[0].pid)  # as the callback would
     chaos.kill(rigs[2].pid)
     assert verdicts.wait_for(2).engines == (rigs[2].engine,)
@@ -680,7 +680,7 @@ def test_a_replacement_is_watched_under_its_name_and_its_end_is_told_again(fleet
         if verdict.by_monitor:
             ray.kill(verdict.engine.handle)
         if not told.given:
-            successor = fleet.launch(Probed, name=verdict.engine.name)
+            successor = fleet.launch(Probed, name=verdict.engine.fsm.name)
             successor.open()
             fleet.monitor.get(successor.engine.init.remote())
             successors.append(successor)
@@ -691,7 +691,7 @@ def test_a_replacement_is_watched_under_its_name_and_its_end_is_told_again(fleet
     first.open("ill")
     assert told.wait_for().engine is first.engine
     (successor,) = successors
-    assert successor.engine.incarnation == 2
+    assert successor.engine.fsm.incarnation == 2
     wait_for_probes(successor, 2)
     chaos.kill(successor.pid)
     assert told.wait_for(2).engine is successor.engine
@@ -727,7 +727,7 @@ def test_a_callback_that_raises_or_exits_is_logged_and_counted_and_the_next_verd
         assert told.wait_for(count).engine is rig.engine
     wait_until(lambda: fleet.metric("enginefsm_export_errors_total", sink="fail") == 2, what="the count of failures")
     for rig in rigs:
-        assert any(rig.engine.name in record.getMessage() for record in lines_of(caplog, "failed on the end"))
+        assert any(rig.engine.fsm.name in record.getMessage() for record in lines_of(caplog, "failed on the end"))
 
 
 def test_a_listener_that_exits_ends_no_watch(fleet, watch, caplog):
@@ -764,8 +764,8 @@ def test_a_callback_that_blocks_keeps_nobody_from_being_probed_is_complained_of_
     wait_until(lambda: lines_of(caplog, "wait for it"), what="the complaint")
     wait_for_probes(rigs[1], 5)
     (line,) = lines_of(caplog, "wait for it")
-    assert f"on the end of engine {rigs[0].engine.name};" in line.getMessage()
-    assert line.getMessage().endswith(f"wait for it: {rigs[2].engine.name}")
+    assert f"on the end of engine {rigs[0].engine.fsm.name};" in line.getMessage()
+    assert line.getMessage().endswith(f"wait for it: {rigs[2].engine.fsm.name}")
     asked = time.monotonic()
     health.stop(timeout_s=0.5)
     assert time.monotonic() - asked < 5
@@ -837,7 +837,7 @@ async def coroutine(verdict):
 
 def test_what_makes_no_sense_is_refused_and_nothing_is_watched(fleet, watch):
     first, second = bring_up(fleet, 2)
-    stranger = enginefsm.EngineMonitor("other").adopt(first.engine.handle, name="stranger")
+    stranger = enginefsm.EngineMonitor(run="other").adopt(first.engine.handle, name="stranger")
     good = FAST | {"engines": [first.engine]}
     for bad, error, says in (
         ({"engines": []}, ValueError, "one engine or more"),
@@ -850,7 +850,7 @@ def test_what_makes_no_sense_is_refused_and_nothing_is_watched(fleet, watch):
         ({"probe": "directory"}, ValueError, "it has: .*well"),
         ({"probe": None}, ValueError, "it has: .*well"),
         ({"probe": "pair"}, ValueError, "one plain value"),
-        ({"url": "no_such"}, ValueError, "no method 'no_such' to be its url"),
+        ({"address": "no_such"}, ValueError, "no method 'no_such' to be its address"),
         ({"interval_s": 0}, ValueError, "interval_s"),
         ({"interval_s": float("nan")}, ValueError, "interval_s"),
         ({"timeout_s": "1"}, ValueError, "timeout_s"),

@@ -15,8 +15,8 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Coroutine, Generator, Mapping
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable, Generator, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import ray
 from ray import ObjectRef, cloudpickle
@@ -27,7 +27,7 @@ from enginefsm._calls import actor_side as _actorside
 from enginefsm._ray import handles as _ray_handles
 
 if TYPE_CHECKING:
-    from enginefsm._engine.engine import MonitoredEngine
+    from enginefsm._engine.managed import ManagedEngine
     from enginefsm.policy import Outage
 
 # The engine's environment may have no enginefsm.
@@ -49,6 +49,18 @@ class _Enter:
 
 
 _ENTER = _Enter()
+
+LaunchedIf = str | Callable[[Any], Any]
+"""A method of the actor, by name, or a function of the actor instance, that says whether the launch succeeded."""
+
+
+class Awaiter(Protocol):
+    """Awaits calls on an event loop. A monitor does."""
+
+    async def gather(self, *calls: Any, timeout: float | None = None) -> list[Any]:
+        """Return the values of calls, in their order."""
+        ...
+
 
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, ObjectRef, ActorHandle)
 
@@ -191,7 +203,7 @@ class Awaited:
     submitted_at: float
     """When its newest submission was made, on the monotonic clock."""
 
-    def __init__(self, engine: MonitoredEngine, method: str, *, launches: bool) -> None:
+    def __init__(self, engine: ManagedEngine, method: str, *, launches: bool) -> None:
         self.engine = engine
         self.method = method
         self.launches = launches
@@ -264,7 +276,7 @@ class Call(Awaited):
 
     __slots__ = ("_arguments", "_number", "_options")
 
-    def __init__(self, engine: MonitoredEngine, method: str, arguments: Arguments, options: dict[str, Any]) -> None:
+    def __init__(self, engine: ManagedEngine, method: str, arguments: Arguments, options: dict[str, Any]) -> None:
         super().__init__(engine, method, launches=method == engine.launch)
         self._arguments: Arguments | None = arguments
         self._options = options
@@ -302,8 +314,9 @@ class Call(Awaited):
 
     def __await__(self) -> Generator[Any, None, Any]:
         """Wait as `EngineMonitor.gather` does, and give the value; again, if awaited again."""
-        waiting: Coroutine[Any, Any, Any] = self.engine.owner.gather(self)
-        return waiting.__await__()
+        assert self.engine.awaiter is not None
+        [value] = yield from self.engine.awaiter.gather(self).__await__()
+        return value
 
     def __repr__(self) -> str:
         return f"Call({self.engine.name!r}, {self.method!r}, attempt={self.attempt})"
@@ -323,7 +336,7 @@ class EngineMethod:
 
     __slots__ = ("_engine", "_method", "_options")
 
-    def __init__(self, engine: MonitoredEngine, method: ActorMethod, options: Mapping[str, Any]) -> None:
+    def __init__(self, engine: ManagedEngine, method: ActorMethod, options: Mapping[str, Any]) -> None:
         self._engine = engine
         self._method = method
         self._options = options
@@ -370,7 +383,7 @@ class PlainRef(Awaited):
 
     __slots__ = ("_given", "_probe", "_value", "lost")
 
-    def __init__(self, engine: MonitoredEngine, ref: ObjectRef[Any]) -> None:
+    def __init__(self, engine: ManagedEngine, ref: ObjectRef[Any]) -> None:
         # Ray does not tell which method a reference is of. While an engine launches, and its launch was not called
         # through the engine itself, a plain reference is taken for the launch.
         launches = engine.is_launching and not engine.launch_called
@@ -398,7 +411,7 @@ class PlainRef(Awaited):
     @property
     def can_be_probed(self) -> bool:
         """Whether there is a way to ask whether the launch succeeded."""
-        return self.launches and self.engine.probe is not None
+        return self.launches and self.engine.launched_if is not None
 
     @property
     def recovered(self) -> list[Any]:
@@ -415,11 +428,9 @@ class PlainRef(Awaited):
             self._probe.settle(answered=answered)
 
     def _submit(self) -> None:
-        probe = self.engine.probe
-        if isinstance(probe, str):
-            self._probe = getattr(self.engine, probe).remote()
-        else:
-            self._probe = self.engine.__ray_call__.remote(probe)
+        engine, ask = self.engine, self.engine.launched_if
+        by_name, args = (ask, ()) if isinstance(ask, str) else ("__ray_call__", (ask,))
+        self._probe = EngineMethod(engine, getattr(engine.handle, by_name), {}).remote(*args)
         self.ref = self._probe.ref
 
 

@@ -8,18 +8,23 @@ from typing import Any
 
 from ray.actor import ActorHandle, ActorMethod
 
-from enginefsm._engine.engine import MonitoredEngine, Probe
+from enginefsm._calls.calls import LaunchedIf
+from enginefsm._engine.proxy import OWN_NAMES, Engine, managed
 from enginefsm._ray import handles as _ray_handles
+from enginefsm._ray import surface
 
 _RESERVED_LABELS = frozenset({"run", "engine", "state", "incarnation", "actor_id"})
 
 
-def check_adopted(handle: Any, name: str, launch: str, probe: Probe | None, labels: Mapping[str, object]) -> None:
+def check_adopted(
+    handle: Any, name: str, launch: str, launched_if: LaunchedIf | None, labels: Mapping[str, object]
+) -> None:
     """Raise TypeError or ValueError if `EngineMonitor.adopt` cannot take these."""
-    if isinstance(handle, MonitoredEngine):
+    if isinstance(handle, Engine):
         raise TypeError(f"{handle!r} is adopted already; adopt() takes the actor's handle")
     if not isinstance(handle, ActorHandle):
         raise TypeError(f"adopt() takes the handle that Engine.remote(...) gave, not {type(handle).__name__}")
+    surface.check_handle(handle)
     if _ray_handles.is_cross_language(handle):
         raise TypeError(f"{handle!r} is not a Python actor: no Python call can be sent to it")
     if _ray_handles.is_asyncio(handle) and not _ray_handles.is_monitored(handle):
@@ -29,20 +34,20 @@ def check_adopted(handle: Any, name: str, launch: str, probe: Probe | None, labe
         )
     if not isinstance(name, str) or not name:
         raise ValueError(f"an engine's name is a text that is not empty, not {name!r}")
-    for role, method in (("launch method", launch), ("probe", probe)):
+    for role, method in (("launch method", launch), ("launched_if", launched_if)):
         if isinstance(method, str):
             _check_method(handle, method, role)
-            if hasattr(MonitoredEngine, method):
-                raise ValueError(f"{method!r} cannot be the {role}: a MonitoredEngine has that name for itself")
+            if method in OWN_NAMES:
+                raise ValueError(f"{method!r} cannot be the {role}: an engine has that name for itself")
     taken = _RESERVED_LABELS.intersection(labels)
     if taken:
         raise ValueError(f"labels that enginefsm sets itself cannot be given: {', '.join(sorted(taken))}")
 
 
 def check_watched(
-    owner: object, groups: Sequence[Sequence[MonitoredEngine]], probe: str, url: str | None, on_dead: object
+    monitor: object, groups: Sequence[Sequence[Engine]], probe: str, address: str | None, on_dead: object
 ) -> None:
-    """Raise TypeError or ValueError if `owner.watch` cannot take these."""
+    """Raise TypeError or ValueError if `monitor.watch` cannot take these."""
     if not groups or not all(groups):
         raise ValueError("watch() takes one engine or more, and no empty sequence of actors")
     if on_dead is not None and not callable(on_dead):
@@ -53,18 +58,19 @@ def check_watched(
             f"hands what is to be awaited to its event loop (asyncio.run_coroutine_threadsafe)"
         )
     for engine in (engine for group in groups for engine in group):
-        if not isinstance(engine, MonitoredEngine):
+        if not isinstance(engine, Engine):
             raise TypeError(f"watch() takes what adopt() gave, alone or in sequences, not {engine!r}")
-        if engine.owner is not owner:
+        if managed(engine).awaiter is not monitor:
             raise ValueError(f"{engine!r} is an engine of another monitor: watch it there")
         _check_method(engine.handle, probe, "probe")
-        if url is not None:
-            _check_method(engine.handle, url, "url")
+        if address is not None:
+            _check_method(engine.handle, address, "address")
 
 
 def _check_method(handle: ActorHandle[Any], method: str, role: str) -> None:
     if not isinstance(getattr(handle, str(method), None), ActorMethod):
         known = ", ".join(sorted(m for m in dir(handle) if not m.startswith("_")))
         raise ValueError(f"{handle!r} has no method {method!r} to be its {role}; it has: {known}")
+    surface.check_method(getattr(handle, method))
     if not _ray_handles.is_plain(getattr(handle, method), {}):
         raise ValueError(f"{method!r} cannot be the {role}: it does not return one plain value")

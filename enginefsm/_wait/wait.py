@@ -14,12 +14,12 @@ from ray import ObjectRef
 from ray.exceptions import GetTimeoutError, RayError, RaySystemError
 
 from enginefsm._calls.calls import Awaited, PlainRef, says_dropped, says_restarted
-from enginefsm._engine.engine import MonitoredEngine
-from enginefsm._ray import handles as _ray_handles
+from enginefsm._engine.managed import ManagedEngine
+from enginefsm._ray import this_process
 from enginefsm._wait.arrivals import Raised
 from enginefsm.errors import ActorRestartedError, LaunchDeadlineError, RetryExhaustedError
 from enginefsm.events import CallOutcome, Event
-from enginefsm.fsm.outcomes import Outcome, classify
+from enginefsm.fsm.outcomes import Outcome, classify, detail_of
 from enginefsm.fsm.states import GIVEN_UP, EngineState, Reason
 from enginefsm.policy import RetryPolicy
 
@@ -37,7 +37,7 @@ class Wait:
     def __init__(
         self,
         policy: RetryPolicy,
-        fleet: Callable[[], Iterable[MonitoredEngine]],
+        fleet: Callable[[], Iterable[ManagedEngine]],
         emit: Callable[[Event], None],
         look: Callable[[], None],
     ) -> None:
@@ -51,12 +51,12 @@ class Wait:
         """Of what has ended."""
         self.open: dict[Awaited, None] = {}
         """What has not."""
-        self.engines: set[MonitoredEngine] = set()
+        self.engines: set[ManagedEngine] = set()
         """Of all that is waited for."""
         self.watched: dict[ObjectRef[Any], list[Awaited]] = {}
         """The references that are out, and whose they are."""
         self._resting: list[Awaited] = []
-        self._session = _ray_handles.session()
+        self._session = this_process.session()
 
     def take_up(self, one: Awaited) -> None:
         """Wait for `one`, too."""
@@ -134,7 +134,7 @@ class Wait:
                 self._not_launched_yet(one)
                 return None
             one.recover(value)
-        self._observe(one, Outcome.SUCCEEDED)
+        self._observe(one, Outcome.SUCCEEDED, f"{one.method}() returned")
         self._close(one, value)
         return None
 
@@ -148,7 +148,7 @@ class Wait:
         if one.is_probe and outcome is Outcome.METHOD_FAILED:
             self._not_launched_yet(one)
             return None
-        self._observe(one, outcome)
+        self._observe(one, outcome, f"{one.method}() raised {detail_of(exception)}")
         if outcome is Outcome.ACTOR_UNAVAILABLE:
             if isinstance(one, PlainRef) and not one.is_probe:
                 engine.lose(one)
@@ -157,19 +157,20 @@ class Wait:
             if engine.state is not EngineState.DEAD and engine.plan_resubmission(self._policy, one):
                 self._resting.append(one)
                 return None
-            if engine.step(Reason.RETRY_EXHAUSTED) or engine.reason is Reason.RETRY_EXHAUSTED:
-                exception = _exhausted(one, exception, self._policy)
+            exhausted = _exhausted(one, exception, self._policy)
+            if engine.step(Reason.RETRY_EXHAUSTED, exhausted.error_msg) or engine.reason in _GIVEN_UP_BY_BOUNDS:
+                exception = exhausted
         one.settle(answered=False)
         return _noted(one, exception)
 
     def _not_launched_yet(self, one: Awaited) -> None:
         """The engine answers its probe, but not that the launch succeeded: a deadline bounds that, not the budget."""
-        self._observe(one, Outcome.SUCCEEDED, launches=False)
+        self._observe(one, Outcome.SUCCEEDED, "the check for the launch says that it has not ended", launches=False)
         one.settle(answered=True)
         one.resubmit_at = time.monotonic() + self._policy.pause_s(one.attempt)
         self._resting.append(one)
 
-    def _observe(self, one: Awaited, outcome: Outcome, launches: bool | None = None) -> None:
+    def _observe(self, one: Awaited, outcome: Outcome, detail: str, launches: bool | None = None) -> None:
         if one.attempt == one.reported:
             return  # looked at before, by an earlier get or another thread: it says nothing new
         one.reported = one.attempt
@@ -179,6 +180,7 @@ class Wait:
             launches=one.launches if launches is None else launches,
             submitted_at=one.submitted_at,
             again=one.attempt > 0,
+            detail=detail,
         )
         took_s = time.monotonic() - max(one.submitted_at, one.made_at)
         self._emit(
@@ -195,7 +197,7 @@ class Wait:
 
     def session_ended(self) -> Exception | None:
         """What to raise when Ray was shut down: it tells nothing of what was out then, and would be started anew."""
-        if _ray_handles.session() is self._session:
+        if this_process.session() is self._session:
             return None
         one = next(iter(self.open))
         return _noted(one, RaySystemError(f"Ray was shut down while {one.method}() of {one.engine.name!r} was out"))
@@ -211,13 +213,13 @@ class Wait:
                 return _noted(one, RetryExhaustedError(text, one.engine.actor_id))
         return None
 
-    def _launch_deadlines(self) -> list[tuple[float, MonitoredEngine]]:
+    def _launch_deadlines(self) -> list[tuple[float, ManagedEngine]]:
         """Until when the engines that are launched here, and have not been yet, may take."""
         after_s = self._policy.launch_deadline_s
         if after_s is None:
             return []
         engines = dict.fromkeys(one.engine for one in self.open if one.launches and not one.engine.has_launched)
-        return [(engine.launched_at + after_s, engine) for engine in engines]
+        return [(engine.adopted_at + after_s, engine) for engine in engines]
 
     def is_late(self) -> bool:
         """Whether a launch deadline has passed."""
@@ -232,7 +234,7 @@ class Wait:
             return None
         self._look()
         for engine in late:
-            engine.give_up_launch()
+            engine.give_up_launch(f"launch_deadline_s={self._policy.launch_deadline_s:g} has passed")
         late = [engine for engine in late if not engine.has_launched]  # another thread may have heard that one did
         if not late:
             return None
@@ -252,6 +254,8 @@ class Wait:
         return GetTimeoutError(f"{done} of {every} calls ended within {timeout_s:g} s; still waiting for\n{waiting}")
 
 
+_GIVEN_UP_BY_BOUNDS = (Reason.RETRY_EXHAUSTED, Reason.HEALTH_CHECKS_FAILED)
+
 _SEALED = (
     "A plain ObjectRef that failed so never recovers. Call the method through the engine that adopt() gave "
     "(it is then submitted again, and runs once), or give adopt() a probe for the launch."
@@ -259,7 +263,7 @@ _SEALED = (
 
 
 def _noted(one: Awaited, exception: Exception, advice: str = "") -> Exception:
-    exception.add_note(f"enginefsm: {one.method}() of {one.engine.describe()}")
+    exception.add_note(f"enginefsm: {one.method}() of {one.engine.describe(detail=False)}")
     if advice:
         exception.add_note(f"enginefsm: {advice}")
     return exception
@@ -275,7 +279,7 @@ def _restarted(one: Awaited, exception: Exception) -> Exception:
     return error
 
 
-def _exhausted(one: Awaited, exception: Exception, policy: RetryPolicy) -> Exception:
+def _exhausted(one: Awaited, exception: Exception, policy: RetryPolicy) -> RetryExhaustedError:
     bounds = f"budget_s={policy.budget_s:g}, max_attempts={policy.max_attempts}"
     error = RetryExhaustedError(
         f"engine {one.engine.name!r} could not be reached again within {bounds} "

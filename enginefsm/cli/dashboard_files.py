@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib import resources
-from importlib.resources.abc import Traversable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 RUNBOOKS = "runbooks.md"
-_KINDS = {".json", ".md", ".yml"}  # in a source tree, what builds the dashboards lies beside them
+# An installed package holds the files. In a checkout they lie beside the package, with the code that builds them.
+_PLACES = (Path(__file__).parents[1] / "dashboards", Path(__file__).parents[2] / "dashboards")
+_KINDS = {".json", ".md", ".yml"}
 
 
 class DashboardFilesError(Exception):
@@ -21,7 +21,7 @@ def write(out: Path, *, force: bool = False, runbooks_url: str | None = None) ->
     `runbooks_url` is where the team reads the runbooks: alerts then link there. Nothing is written if a file is there
     already, unless `force` is given.
     """
-    files = {out / name: file.read_text(encoding="utf-8") for name, file in _carried()}
+    files = {out / name: text for name, text in _carried()}
     there = [path for path in files if path.exists() or path.is_symlink()]
     if there and not force:
         others = f" and {len(there) - 1} more" if there[1:] else ""
@@ -37,15 +37,10 @@ def write(out: Path, *, force: bool = False, runbooks_url: str | None = None) ->
     return list(files)
 
 
-def _carried() -> Iterator[tuple[PurePosixPath, Traversable]]:
-    top = resources.files("enginefsm").joinpath("dashboards")
-    if not top.is_dir():
+def _carried() -> Iterator[tuple[Path, str]]:
+    top = next((place for place in _PLACES if place.is_dir()), None)
+    if top is None:
         raise DashboardFilesError("this installation of enginefsm lacks its dashboards: install it again")
-    waiting = [(PurePosixPath(), top)]
-    while waiting:
-        path, directory = waiting.pop()
-        for entry in sorted(directory.iterdir(), key=lambda one: one.name):
-            if entry.is_dir():
-                waiting.append((path / entry.name, entry))
-            elif PurePosixPath(entry.name).suffix in _KINDS:
-                yield path / entry.name, entry
+    for path in sorted(top.rglob("*")):
+        if path.suffix in _KINDS:
+            yield path.relative_to(top), path.read_text(encoding="utf-8")

@@ -18,7 +18,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 import enginefsm
-from enginefsm._engine.engine import MonitoredEngine
+from enginefsm._engine.proxy import Engine, managed
 from enginefsm.embed.router import RouterError, remove_worker
 from enginefsm.errors import RestartCapError
 from enginefsm.fsm.states import GIVEN_UP, EngineState, Reason
@@ -38,7 +38,7 @@ _MAY_LIVE = (*GIVEN_UP, Reason.RELEASED)
 
 def adopt_group(
     server_group: Any, model: str | None = None, monitor: EngineMonitor | None = None
-) -> list[tuple[int, MonitoredEngine]]:
+) -> list[tuple[int, Engine]]:
     """Take the engines of slime's `ServerGroup` under the monitor, in place: its `all_engines` then holds them.
 
     An engine is named `{model}/{worker_type}/{rank}`, the rank being that in slime's log. A new actor in the place of
@@ -61,7 +61,7 @@ def adopt_group(
     if server_group.worker_type == "placeholder":
         return []
     slots = server_group.all_engines
-    new = [index for index, held in enumerate(slots) if held is not None and not isinstance(held, MonitoredEngine)]
+    new = [index for index, held in enumerate(slots) if held is not None and not isinstance(held, Engine)]
     nodes_per_engine = getattr(server_group, "nodes_per_engine", 1)
     model = model or PurePosixPath(getattr(server_group, "model_path", None) or "default").name
     nodes = _nodes(server_group, new)
@@ -86,7 +86,7 @@ def _discard(slots: MutableSequence[Any], indices: list[int]) -> None:
     """Kill what is in these places, adopted or not, and free them."""
     for index in indices:
         held, slots[index] = slots[index], None
-        if isinstance(held, MonitoredEngine):
+        if isinstance(held, Engine):
             _monitor_of(held).release(held)
             held = held.handle
         ray.kill(held)
@@ -94,7 +94,7 @@ def _discard(slots: MutableSequence[Any], indices: list[int]) -> None:
 
 def adopt_engines(
     engines: Iterable[Any], model: str = "default", worker_type: str = "regular", monitor: EngineMonitor | None = None
-) -> list[MonitoredEngine]:
+) -> list[Engine]:
     """Take engines that another process launched under this process's monitor, as the trainers of slime get them.
 
     They are named `{model}/{worker_type}/{index}`, by their places in `engines`; another actor at a place is the next
@@ -131,7 +131,7 @@ class RolloutHealthMonitor:
         self._timeout_s = float(args.rollout_health_check_timeout)
         self._first_wait_s = float(args.rollout_health_check_first_wait)
         self._watch: HealthMonitor | None = None
-        self._urls: dict[str, tuple[MonitoredEngine, ObjectRef[Any]]] = {}  # by name: where it serves, as it says
+        self._urls: dict[str, tuple[Engine, ObjectRef[Any]]] = {}  # by name: where it serves, as it says
         self._ending = threading.Lock()  # while engines are being ended
 
     def start(self) -> bool:
@@ -142,7 +142,7 @@ class RolloutHealthMonitor:
         if self._watch is not None:
             return True
         for index, held in enumerate(self._group.all_engines):
-            if held is not None and not isinstance(held, MonitoredEngine):
+            if held is not None and not isinstance(held, Engine):
                 raise TypeError(
                     f"all_engines[{index}] is not adopted: call enginefsm.embed.slime.adopt_group(self) in "
                     f"ServerGroup.start_engines, before ports are allocated"
@@ -156,7 +156,7 @@ class RolloutHealthMonitor:
             timeout_s=self._timeout_s,
             first_wait_s=self._first_wait_s,
             on_dead=self._judged,
-            url="get_url",
+            address="get_url",
         )
         self._watch.pause()
         return True
@@ -169,7 +169,7 @@ class RolloutHealthMonitor:
         if self._watch is None:
             return
         self._watch.pause()
-        self._end(lambda engine: engine.state is EngineState.DEAD and engine.reason not in _MAY_LIVE)
+        self._end(lambda engine: engine.fsm.state is EngineState.DEAD and engine.fsm.reason not in _MAY_LIVE)
         until = time.monotonic() + VERDICT_S  # a verdict may be on its way here
         while self._has_given_up() and time.monotonic() < until:
             time.sleep(PAUSE_S)
@@ -192,26 +192,26 @@ class RolloutHealthMonitor:
         """Whether it is started and not paused."""
         return self._watch is not None and not self._watch.paused
 
-    def _servers(self) -> list[list[MonitoredEngine]]:
+    def _servers(self) -> list[list[Engine]]:
         """The engines of the group, all nodes of one together, node 0 first; but for those not (wholly) adopted."""
         slots, nodes = self._group.all_engines, getattr(self._group, "nodes_per_engine", 1)
         servers = [list(slots[first : first + nodes]) for first in range(0, len(slots), nodes)]
-        return [server for server in servers if all(isinstance(held, MonitoredEngine) for held in server)]
+        return [server for server in servers if all(isinstance(held, Engine) for held in server)]
 
     def _ask_urls(self) -> None:
         """Ask engines where they serve, unless that is known. The answers are looked at when they are needed."""
         for engine, *_ in self._servers():
-            known = self._urls.get(engine.name)
+            known = self._urls.get(engine.fsm.name)
             if known is None or known[0] is not engine or _failed(known[1]):
-                self._urls[engine.name] = engine, engine.handle.get_url.remote()
+                self._urls[engine.fsm.name] = engine, engine.handle.get_url.remote()
 
     def _has_given_up(self) -> bool:
-        return any(engine.reason in GIVEN_UP for server in self._servers() for engine in server)
+        return any(engine.fsm.reason in GIVEN_UP for server in self._servers() for engine in server)
 
     def _judged(self, verdict: Verdict) -> None:
         self._end(lambda engine: engine in verdict.engines)
 
-    def _end(self, is_over: Callable[[MonitoredEngine], bool]) -> None:
+    def _end(self, is_over: Callable[[Engine], bool]) -> None:
         """End what is left of the engines one of whose actors is over, and free their places."""
         with self._ending:
             over = [server for server in self._servers() if any(is_over(engine) for engine in server)]
@@ -222,46 +222,47 @@ class RolloutHealthMonitor:
                 self._forget(server[0])
                 self._free(server)
 
-    def _free(self, server: list[MonitoredEngine]) -> None:
+    def _free(self, server: list[Engine]) -> None:
         slots = self._group.all_engines
         for engine in server:
-            if engine.state is not EngineState.DEAD:
+            if engine.fsm.state is not EngineState.DEAD:
                 _monitor_of(engine).release(engine)
             slots[slots.index(engine)] = None
-            logger.warning("engine %s is ended, its place free: %s", engine.name, engine.describe())
+            logger.warning("engine %s is ended, its place free: %s", engine.fsm.name, engine.fsm.describe())
 
-    def _forget(self, engine: MonitoredEngine) -> None:
+    def _forget(self, engine: Engine) -> None:
         """Have the router forget an engine's server, if it lists it still."""
         host, port = getattr(self._group, "router_ip", None), getattr(self._group, "router_port", None)
-        asked, ref = self._urls.pop(engine.name, (None, None))
+        asked, ref = self._urls.pop(engine.fsm.name, (None, None))
         if host is None or port is None or ref is None or asked is not engine:
             return
         found = _values([ref], 0)
         if ref not in found:
-            logger.warning("engine %s has not told its URL: the router may still list it", engine.name)
+            logger.warning("engine %s has not told its URL: the router may still list it", engine.fsm.name)
             return
         if found[ref] is None:
             return
         try:
             remove_worker(host, port, found[ref], ROUTER_TIMEOUT_S)
         except RouterError as error:
-            logger.warning("engine %s: the router may still list %s: %s", engine.name, found[ref], error)
+            logger.warning("engine %s: the router may still list %s: %s", engine.fsm.name, found[ref], error)
 
 
-def _monitor_of(engine: MonitoredEngine) -> EngineMonitor:
-    assert isinstance(engine.owner, EngineMonitor)
-    return engine.owner
+def _monitor_of(engine: Engine) -> EngineMonitor:
+    monitor = managed(engine).awaiter
+    assert isinstance(monitor, EngineMonitor)
+    return monitor
 
 
-def _shut_down(engines: list[MonitoredEngine]) -> None:
+def _shut_down(engines: list[Engine]) -> None:
     """Have those engines shut down that can: an actor that is gone, frozen or busy gets no more calls."""
-    asked: dict[ObjectRef[Any], MonitoredEngine] = {engine.handle.__ray_ready__.remote(): engine for engine in engines}
+    asked: dict[ObjectRef[Any], Engine] = {engine.handle.__ray_ready__.remote(): engine for engine in engines}
     answering = [asked[ref] for ref in _values(asked, PING_TIMEOUT_S)]
-    leaving: dict[ObjectRef[Any], MonitoredEngine] = {engine.handle.shutdown.remote(): engine for engine in answering}
+    leaving: dict[ObjectRef[Any], Engine] = {engine.handle.shutdown.remote(): engine for engine in answering}
     left = [leaving[ref] for ref in _values(leaving, SHUTDOWN_TIMEOUT_S)]
     for engine in answering:
         if engine not in left:
-            logger.warning("engine %s did not shut down in good order", engine.name)
+            logger.warning("engine %s did not shut down in good order", engine.fsm.name)
 
 
 def _values(refs: Collection[ObjectRef[Any]], timeout_s: float) -> dict[ObjectRef[Any], Any]:
@@ -280,11 +281,11 @@ def _failed(ref: ObjectRef[Any]) -> bool:
     return bool(ray.wait([ref], timeout=0)[0]) and not _values([ref], 0)
 
 
-def _adopt(held: Any, name: str, launch: str, labels: dict[str, str], monitor: EngineMonitor | None) -> MonitoredEngine:
-    if isinstance(held, MonitoredEngine):
+def _adopt(held: Any, name: str, launch: str, labels: dict[str, str], monitor: EngineMonitor | None) -> Engine:
+    if isinstance(held, Engine):
         return held
     namesake = (monitor or enginefsm.default_monitor()).engine(name)
-    if namesake is not None and namesake.state is not EngineState.DEAD and namesake != held:
+    if namesake is not None and namesake.fsm.state is not EngineState.DEAD and namesake != held:
         # Whoever put another actor into its place has ended it, and told nobody.
         (monitor or enginefsm).release(namesake)
     return (monitor or enginefsm).adopt(held, name=name, launch=launch, **labels)
@@ -300,7 +301,7 @@ def _check_group(group: Any, asked_by: str) -> None:
     if not isinstance(group.all_engines, MutableSequence):
         raise TypeError(f"all_engines of {type(group).__name__} is no list, but a {type(group.all_engines).__name__}")
     for index, held in enumerate(group.all_engines):
-        if held is not None and not isinstance(held, MonitoredEngine | ActorHandle):
+        if held is not None and not isinstance(held, Engine | ActorHandle):
             raise TypeError(f"all_engines[{index}] is no actor's handle, but a {type(held).__name__}")
 
 

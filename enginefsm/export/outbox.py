@@ -16,8 +16,8 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
-from enginefsm._engine.engine import MonitoredEngine
 from enginefsm._engine.launch_stages import LaunchStages
+from enginefsm._engine.managed import ManagedEngine
 from enginefsm.events import Event
 from enginefsm.fsm.states import EngineState, Reason, Transition
 from enginefsm.metrics.collector import FleetMetrics
@@ -47,8 +47,8 @@ class Fleet(Protocol):
     def metrics(self) -> FleetMetrics: ...  # noqa: D102
     @property
     def stages(self) -> LaunchStages: ...  # noqa: D102
-    def engines(self) -> list[MonitoredEngine]: ...  # noqa: D102
-    def engine(self, name: str) -> MonitoredEngine | None: ...  # noqa: D102
+    def engines(self) -> list[ManagedEngine]: ...  # noqa: D102
+    def engine(self, name: str) -> ManagedEngine | None: ...  # noqa: D102
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ class Incarnation(NamedTuple):
     actor_id: str
     reason: Reason | None
     """Why it died; `released` only if it was alive until then. None while it lives."""
-    launched_s: float
+    adopted_s: float
     """When it was adopted."""
     ready_s: float | None
     """When it was ready for the first time; None if it has never been."""
@@ -35,7 +35,7 @@ class Incarnation(NamedTuple):
         """As the record has it."""
         dead = record.state == EngineState.DEAD
         return Incarnation(
-            record.incarnation, actor_id, record.reason if dead else None, record.launched_epoch_s,
+            record.incarnation, actor_id, record.reason if dead else None, record.adopted_epoch_s,
             record.ready_epoch_s, record.since_epoch_s if dead else None,
         )  # fmt: skip
 

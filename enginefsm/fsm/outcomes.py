@@ -5,11 +5,12 @@ Pure: it knows Ray's exception classes, and nothing of clusters, threads or Prom
 
 from __future__ import annotations
 
+import traceback
 from enum import StrEnum
 
 from ray import exceptions as rx
 
-from enginefsm.fsm.states import EngineState, Reason
+from enginefsm.fsm.states import EngineState, Reason, one_line
 
 
 class Outcome(StrEnum):
@@ -30,41 +31,44 @@ class Outcome(StrEnum):
     """The call or its result was lost, cancelled or refused on the way. It says nothing of the engine."""
 
 
-# For each exception that is not of an actor and not an engine's answer: what it says. Looked up along the class's
-# bases, so that the nearest entry counts. A class that Ray adds is reported by the test that walks ray.exceptions.
-_PLAIN: dict[type[BaseException], Outcome] = {
-    rx.OutOfMemoryError: Outcome.OUT_OF_MEMORY,
-    rx.ActorUnschedulableError: Outcome.UNSCHEDULABLE,
-    rx.ActorPlacementGroupRemoved: Outcome.UNSCHEDULABLE,
-    rx.RuntimeEnvSetupError: Outcome.RUNTIME_ENV_FAILED,
+# What each class of ray.exceptions says that is neither an actor's error nor RayTaskError. `classify` looks along an
+# exception's bases, so the nearest entry counts. The keys are names because some Rays lack some of these classes, and
+# a Ray never raises a class that it lacks. tests/test_outcomes.py fails if a new Ray adds a class.
+_BY_NAME = {
+    "OutOfMemoryError": Outcome.OUT_OF_MEMORY,
+    "ActorUnschedulableError": Outcome.UNSCHEDULABLE,
+    "ActorPlacementGroupRemoved": Outcome.UNSCHEDULABLE,
+    "RuntimeEnvSetupError": Outcome.RUNTIME_ENV_FAILED,
     # The process or the node under the engine is gone.
-    rx.WorkerCrashedError: Outcome.ACTOR_DIED,
-    rx.NodeDiedError: Outcome.ACTOR_DIED,
-    rx.AsyncioActorExit: Outcome.ACTOR_DIED,
+    "WorkerCrashedError": Outcome.ACTOR_DIED,
+    "NodeDiedError": Outcome.ACTOR_DIED,
+    "AsyncioActorExit": Outcome.ACTOR_DIED,
     # The engine answered, and the answer is an error.
-    rx.RayTaskError: Outcome.METHOD_FAILED,
-    rx.UserCodeException: Outcome.METHOD_FAILED,
-    rx.CrossLanguageError: Outcome.METHOD_FAILED,
-    rx.UnserializableException: Outcome.METHOD_FAILED,
+    "UserCodeException": Outcome.METHOD_FAILED,
+    "CrossLanguageError": Outcome.METHOD_FAILED,
+    "UnserializableException": Outcome.METHOD_FAILED,  # since Ray 2.50
     # Ray lost, cancelled or refused something between the caller and the engine, or on the caller's own node.
-    rx.TaskCancelledError: Outcome.CALL_LOST,
-    rx.GetTimeoutError: Outcome.CALL_LOST,  # the caller's own: it stopped waiting
-    rx.LocalRayletDiedError: Outcome.CALL_LOST,
-    rx.RaySystemError: Outcome.CALL_LOST,
-    rx.AuthenticationError: Outcome.CALL_LOST,
-    rx.ObjectStoreFullError: Outcome.CALL_LOST,
-    rx.OutOfDiskError: Outcome.CALL_LOST,
-    rx.ObjectLostError: Outcome.CALL_LOST,
-    rx.RpcError: Outcome.CALL_LOST,
-    rx.PlasmaObjectNotAvailable: Outcome.CALL_LOST,
-    rx.TaskPlacementGroupRemoved: Outcome.CALL_LOST,
-    rx.PendingCallsLimitExceeded: Outcome.CALL_LOST,
-    rx.TaskUnschedulableError: Outcome.CALL_LOST,
-    rx.ObjectRefStreamEndOfStreamError: Outcome.CALL_LOST,
-    rx.OufOfBandObjectRefSerializationException: Outcome.CALL_LOST,
-    rx.ActorAlreadyExistsError: Outcome.CALL_LOST,
-    rx.ActorHandleNotFoundError: Outcome.CALL_LOST,
-    rx.RayError: Outcome.CALL_LOST,
+    "TaskCancelledError": Outcome.CALL_LOST,
+    "GetTimeoutError": Outcome.CALL_LOST,  # the caller's own: it stopped waiting
+    "LocalRayletDiedError": Outcome.CALL_LOST,
+    "RaySystemError": Outcome.CALL_LOST,
+    "AuthenticationError": Outcome.CALL_LOST,  # since Ray 2.52
+    "ObjectStoreFullError": Outcome.CALL_LOST,
+    "OutOfDiskError": Outcome.CALL_LOST,
+    "ObjectLostError": Outcome.CALL_LOST,
+    "RpcError": Outcome.CALL_LOST,
+    "PlasmaObjectNotAvailable": Outcome.CALL_LOST,
+    "TaskPlacementGroupRemoved": Outcome.CALL_LOST,
+    "PendingCallsLimitExceeded": Outcome.CALL_LOST,
+    "TaskUnschedulableError": Outcome.CALL_LOST,
+    "ObjectRefStreamEndOfStreamError": Outcome.CALL_LOST,
+    "OufOfBandObjectRefSerializationException": Outcome.CALL_LOST,
+    "ActorAlreadyExistsError": Outcome.CALL_LOST,  # since Ray 2.53
+    "ActorHandleNotFoundError": Outcome.CALL_LOST,  # since Ray 2.54
+    "RayError": Outcome.CALL_LOST,
+}
+_PLAIN: dict[type[BaseException], Outcome] = {
+    getattr(rx, name): outcome for name, outcome in _BY_NAME.items() if hasattr(rx, name)
 }
 
 # Where an outcome that ends an engine moves it.
@@ -102,6 +106,14 @@ def classify(exception: Exception, actor_id: str) -> Outcome:
             return _PLAIN[base]
     # Not Ray's: an exception that a value raises while it is being deserialized here. The method had ended.
     return Outcome.METHOD_FAILED
+
+
+def detail_of(exception: BaseException) -> str:
+    """Return what an exception says, in one line. The text of a `RayTaskError` is a traceback, so take its cause's."""
+    cause = exception.cause if isinstance(exception, rx.RayTaskError) else None
+    said = cause if isinstance(cause, BaseException) else exception
+    # Not str(): a user's exception may raise when it is printed.
+    return one_line("".join(traceback.format_exception_only(said)))
 
 
 def reason_for(outcome: Outcome, *, state: EngineState, launches: bool, launched: bool) -> Reason | None:

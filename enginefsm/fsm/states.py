@@ -29,7 +29,7 @@ class EngineState(StrEnum):
 class Reason(StrEnum):
     """Why an engine moved. The set is closed, and each reason is a trigger of the machine."""
 
-    LAUNCHED = "launched"
+    ADOPTED = "adopted"
     INIT_SUCCEEDED = "init_succeeded"
     ACTOR_UNAVAILABLE = "actor_unavailable"
     PROBE_TIMEOUT = "probe_timeout"
@@ -44,6 +44,7 @@ class Reason(StrEnum):
     UNSCHEDULABLE = "unschedulable"
     RUNTIME_ENV_FAILED = "runtime_env_failed"
     RETRY_EXHAUSTED = "retry_exhausted"
+    HEALTH_CHECKS_FAILED = "health_checks_failed"
     LAUNCH_DEADLINE = "launch_deadline"
     RELEASED = "released"
 
@@ -67,11 +68,20 @@ def why(reason: str, stage: str | None) -> str:
     """Why an engine is where it is, for people: the reason, and how far its launch is if that is known."""
     if stage is None:
         return reason
-    return stage if reason == Reason.LAUNCHED else f"{reason}: {stage}"
+    return stage if reason == Reason.ADOPTED else f"{reason}: {stage}"
 
 
-GIVEN_UP = (Reason.RETRY_EXHAUSTED, Reason.LAUNCH_DEADLINE)
-"""The verdicts that are the monitor's own: bounds were spent."""
+GIVEN_UP = (Reason.RETRY_EXHAUSTED, Reason.HEALTH_CHECKS_FAILED, Reason.LAUNCH_DEADLINE)
+"""The verdicts that are the monitor's own: bounds were spent. The actor may be alive."""
+
+DETAIL_CHARS = 300
+
+
+def one_line(text: object) -> str:
+    """Return a text as one line of at most `DETAIL_CHARS` characters."""
+    line = " ".join(str(text)[: 4 * DETAIL_CHARS].split())
+    return line if len(line) <= DETAIL_CHARS else f"{line[: DETAIL_CHARS - 1]}…"
+
 
 STATES = {state.value: state for state in EngineState}
 """Each state by its text; several times as fast as `EngineState(text)`."""
@@ -79,7 +89,7 @@ STATES = {state.value: state for state in EngineState}
 _LIVE = (EngineState.LAUNCHING, EngineState.READY, EngineState.UNAVAILABLE)
 
 # What each reason does: from which states, to which. No reason leaves DEAD, none but RECOVERED makes an unavailable
-# engine ready, and no deadline of its launch ends one that is ready. LAUNCHED is not here: it is how a record begins.
+# engine ready, and no deadline of its launch ends one that is ready. ADOPTED is not here: it is how a record begins.
 EDGES: Mapping[Reason, tuple[tuple[EngineState, ...], EngineState]] = {
     Reason.INIT_SUCCEEDED: ((EngineState.LAUNCHING,), EngineState.READY),
     Reason.ACTOR_UNAVAILABLE: ((EngineState.LAUNCHING, EngineState.READY), EngineState.UNAVAILABLE),
@@ -95,6 +105,7 @@ EDGES: Mapping[Reason, tuple[tuple[EngineState, ...], EngineState]] = {
     Reason.UNSCHEDULABLE: (_LIVE, EngineState.DEAD),
     Reason.RUNTIME_ENV_FAILED: (_LIVE, EngineState.DEAD),
     Reason.RETRY_EXHAUSTED: (_LIVE, EngineState.DEAD),
+    Reason.HEALTH_CHECKS_FAILED: (_LIVE, EngineState.DEAD),
     Reason.LAUNCH_DEADLINE: ((EngineState.LAUNCHING, EngineState.UNAVAILABLE), EngineState.DEAD),
     Reason.RELEASED: (_LIVE, EngineState.DEAD),
 }
@@ -140,17 +151,20 @@ class Transition(NamedTuple):
     """Whether this made the engine ready for the first time."""
     replaced_after_s: float | None = None
     """With `first_ready`, of an engine that replaces a dead one: how long ago that one died."""
+    detail: str = ""
+    """What happened, in one bounded line: the text of the exception, say."""
 
 
 class EngineRecord:
     """What is known of one incarnation of one engine. Not thread-safe: its owner holds a lock around it."""
 
     __slots__ = (
+        "adopted_at",
+        "adopted_epoch_s",
+        "detail",
         "ever_ready",
         "incarnation",
         "labels",
-        "launched_at",
-        "launched_epoch_s",
         "name",
         "out_since",
         "ready_epoch_s",
@@ -170,16 +184,18 @@ class EngineRecord:
         now: float,
         epoch_s: float,
         out_since: float | None = None,
+        detail: str = "",
     ) -> None:
         self.name = name
         self.labels = labels
         self.incarnation = incarnation
         self.state: str = EngineState.LAUNCHING.value
-        self.reason = Reason.LAUNCHED
+        self.reason = Reason.ADOPTED
+        self.detail = one_line(detail)
         self.succeeded = False  # whether the launch method has, seen ready or not
         self.ever_ready = False
-        self.launched_at = now
-        self.launched_epoch_s = epoch_s
+        self.adopted_at = now
+        self.adopted_epoch_s = epoch_s
         self.ready_epoch_s: float | None = None  # the first time
         self.out_since = out_since  # when the engine died that this one replaces, if it does; monotonic
         self.since = now
@@ -189,15 +205,15 @@ class EngineRecord:
     def first_step(self) -> Transition:
         """The step by which this record began."""
         return Transition(
-            self.name, self.labels, self.incarnation, None, EngineState.LAUNCHING, Reason.LAUNCHED, 0.0, 0.0,
-            self.since_epoch_s, first_ready=False,
+            self.name, self.labels, self.incarnation, None, EngineState.LAUNCHING, Reason.ADOPTED, 0.0, 0.0,
+            self.since_epoch_s, first_ready=False, detail=self.detail,
         )  # fmt: skip
 
-    def move(self, reason: Reason, now: float, epoch_s: float) -> Transition | None:
-        """Take the edge that `reason` names, if there is one from here; `now` is monotonic.
+    def move(self, reason: Reason, now: float, epoch_s: float, detail: str = "") -> Transition | None:
+        """Take the edge that `reason` names and return the step, or return None if this state has no such edge.
 
-        Returns the step taken, or None when the reason means nothing in this state: a dead engine stays dead, and
-        an engine already unavailable does not become so twice.
+        A dead engine stays dead. An unavailable engine does not become unavailable twice. `now` is monotonic.
+        `detail` says what happened.
         """
         left = STATES[self.state]
         event = MACHINE.events[reason]
@@ -207,15 +223,15 @@ class EngineRecord:
         reached = STATES[self.state]
         spent_s = now - self.since
         self.spent[left] = self.spent.get(left, 0.0) + spent_s
-        self.reason, self.since, self.since_epoch_s = reason, now, epoch_s
+        self.reason, self.detail, self.since, self.since_epoch_s = reason, one_line(detail), now, epoch_s
         first_ready = reached is EngineState.READY and not self.ever_ready
         replaced_after_s = None
         if first_ready:
             self.ever_ready, self.ready_epoch_s = True, epoch_s
             replaced_after_s = None if self.out_since is None else now - self.out_since
         return Transition(
-            self.name, self.labels, self.incarnation, left, reached, reason, spent_s, now - self.launched_at, epoch_s,
-            first_ready, replaced_after_s,
+            self.name, self.labels, self.incarnation, left, reached, reason, spent_s, now - self.adopted_at, epoch_s,
+            first_ready, replaced_after_s, self.detail,
         )  # fmt: skip
 
     def time_in_states(self, now: float) -> dict[EngineState, float]:
@@ -242,7 +258,7 @@ def diagram() -> str:
         [
             "stateDiagram-v2",
             "    state live {",
-            f"        [*] --> {MACHINE.initial}: {Reason.LAUNCHED.value}",
+            f"        [*] --> {MACHINE.initial}: {Reason.ADOPTED.value}",
             *(f"        {source} --> {dest}: {', '.join(reasons)}" for (source, dest), reasons in inner.items()),
             "    }",
             *(f"    {source} --> {dest}: {'<br/>'.join(reasons)}" for (source, dest), reasons in outer.items()),

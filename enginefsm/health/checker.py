@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import ray
 
-from enginefsm._engine.engine import MonitoredEngine
+from enginefsm._engine.managed import ManagedEngine
 from enginefsm.fsm.outcomes import FATAL, Outcome
 from enginefsm.fsm.states import GIVEN_UP, EngineState, Reason
 from enginefsm.fsm.verdicts import Check, Decision, FailureCount, VerdictLimits
@@ -65,7 +65,7 @@ class Settings:
 class Fleet:
     """What a watch uses of the monitor that made it."""
 
-    engine: Callable[[str], MonitoredEngine | None]
+    engine: Callable[[str], ManagedEngine | None]
     """The newest engine of a name."""
     policy: RetryPolicy
     metrics: FleetMetrics
@@ -92,7 +92,7 @@ class Checks:
         all_watched: Sequence[Watched],
         phases: Phases,
         in_loop: Callable[[Callable[[], object]], None],
-        ends: Callable[[Watched, MonitoredEngine], None],
+        ends: Callable[[Watched, ManagedEngine], None],
     ) -> None:
         self._fleet = fleet
         self._limits = fleet.limits
@@ -141,7 +141,7 @@ class Checks:
             self._silent(watched, engine, probe, phase)
         return AT_ONCE
 
-    async def _judge(self, watched: Watched, engine: MonitoredEngine, probe: Probe, phase: Phase) -> float:
+    async def _judge(self, watched: Watched, engine: ManagedEngine, probe: Probe, phase: Phase) -> float:
         """Take in what a probe was answered; give when to look at the actor again."""
         outcome = probe.outcome()
         self._fleet.metrics.probed(engine.labels, outcome, time.monotonic() - probe.sent_at)
@@ -183,7 +183,7 @@ class Checks:
         for line in self._limits.messages():
             logger.warning("%s", line)
 
-    def _current_engine(self, watched: Watched) -> MonitoredEngine | None:
+    def _current_engine(self, watched: Watched) -> ManagedEngine | None:
         """The engine that has the name now, if it is at work."""
         engine = self._fleet.engine(watched.name)
         if engine is not None and engine is not watched.engine:
@@ -196,7 +196,7 @@ class Checks:
         self._update_limits(watched, engine)
         return engine
 
-    def _look_whether_it_lives(self, watched: Watched, engine: MonitoredEngine) -> None:
+    def _look_whether_it_lives(self, watched: Watched, engine: ManagedEngine) -> None:
         """Notice the death of an actor whose launch nobody has seen succeed. Nothing else that it says moves it."""
         call = watched.sign_of_life
         if call is None:
@@ -206,7 +206,7 @@ class Checks:
             if outcome in FATAL:
                 engine.observe(outcome, launches=False, submitted_at=call.sent_at)
 
-    def _update_limits(self, watched: Watched, engine: MonitoredEngine, heard_at: float | None = None) -> None:
+    def _update_limits(self, watched: Watched, engine: ManagedEngine, heard_at: float | None = None) -> None:
         state = engine.state
         self._limits.update(
             watched,
@@ -215,14 +215,14 @@ class Checks:
             heard_at=heard_at,
         )
 
-    def _send(self, watched: Watched, engine: MonitoredEngine, phase: Phase) -> Probe:
+    def _send(self, watched: Watched, engine: ManagedEngine, phase: Phase) -> Probe:
         if watched.method is None or watched.method.engine is not engine:
             watched.method = Method(engine, self._settings.probe, self._settings.timeout_s)
         probe = watched.probe = Probe(watched.method, phase, lambda: self._in_loop(watched.wake))
         watched.overdue_at = probe.sent_at + self._settings.timeout_s
         return probe
 
-    def _silent(self, watched: Watched, engine: MonitoredEngine, probe: Probe, phase: Phase) -> None:
+    def _silent(self, watched: Watched, engine: ManagedEngine, probe: Probe, phase: Phase) -> None:
         """No answer, for the timeout or for one interval more."""
         self.notice_stop()
         now = time.monotonic()
@@ -240,7 +240,7 @@ class Checks:
         watched.failures.add(Reason.PROBE_TIMEOUT, now, counts=probe.counted, told=says is Server.FAILS)
         self._give_up_if_due(watched, engine, phase)
 
-    def _refused(self, watched: Watched, engine: MonitoredEngine, probe: Probe, phase: Phase) -> None:
+    def _refused(self, watched: Watched, engine: ManagedEngine, probe: Probe, phase: Phase) -> None:
         """The actor says that all is not well."""
         watched.attempts, now = 0, time.monotonic()
         self._count(watched, Check.FAILED)
@@ -251,7 +251,7 @@ class Checks:
             watched.failures.add(Reason.PROBE_FAILED, now, counts=True, told=True)
         self._give_up_if_due(watched, engine, phase)
 
-    def _unavailable(self, watched: Watched, engine: MonitoredEngine, probe: Probe, phase: Phase) -> float:
+    def _unavailable(self, watched: Watched, engine: ManagedEngine, probe: Probe, phase: Phase) -> float:
         """The connection to the actor broke. It is tried again by the policy; give when."""
         now, policy = time.monotonic(), self._fleet.policy
         self._count(watched, Check.UNAVAILABLE)
@@ -263,9 +263,7 @@ class Checks:
         ends_at = (watched.failures.since or now) + policy.budget_s
         return min(next_at, ends_at) if now < ends_at else next_at
 
-    async def _well(
-        self, watched: Watched, engine: MonitoredEngine, probe: Probe, phase: Phase, next_at: float
-    ) -> None:
+    async def _well(self, watched: Watched, engine: ManagedEngine, probe: Probe, phase: Phase, next_at: float) -> None:
         """The actor says that all is well. What its server says counts for node 0, whose server it is."""
         opinion, is_current = watched.opinion, self._phases.is_current
         if opinion is None or not opinion.objects:
@@ -285,14 +283,14 @@ class Checks:
         else:  # its server failed, and has not answered since
             self._update_limits(watched, engine, heard_at=time.monotonic())
 
-    def _recovered(self, watched: Watched, engine: MonitoredEngine, probe: Probe) -> None:
+    def _recovered(self, watched: Watched, engine: ManagedEngine, probe: Probe) -> None:
         watched.failures, watched.attempts = FailureCount(), 0
         engine.observe(Outcome.SUCCEEDED, launches=False, submitted_at=probe.sent_at, probed=True)
         if all(member.failures.since is None for member in watched.group.members):
             self._limits.clear(watched.group)
         self._update_limits(watched, engine, heard_at=time.monotonic())
 
-    def _give_up_if_due(self, watched: Watched, engine: MonitoredEngine, phase: Phase) -> None:
+    def _give_up_if_due(self, watched: Watched, engine: ManagedEngine, phase: Phase) -> None:
         """A check has failed: give the engine up, if that is due and nothing holds it."""
         self.notice_stop()
         now = time.monotonic()
@@ -308,7 +306,9 @@ class Checks:
                 return
             if engine is watched.reported:  # it ended with another actor of its group
                 return
-            if self._limits.decide(watched.group, engine.name, since, now) is Decision.GIVEN and engine.give_up():
+            if self._limits.decide(watched.group, engine.name, since, now) is not Decision.GIVEN:
+                return
+            if engine.give_up(Reason.RETRY_EXHAUSTED):
                 self._update_limits(watched, engine)
                 self._ends(watched, engine)
 

@@ -15,7 +15,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from enginefsm._engine.engine import MonitoredEngine
+from enginefsm._engine.managed import ManagedEngine
+from enginefsm._engine.proxy import Engine, proxy
 from enginefsm._ray import ends as _ends
 from enginefsm.fsm.states import GIVEN_UP, Reason
 from enginefsm.health.checker import TICK_S, Checks, Fleet, Settings
@@ -33,9 +34,9 @@ STOP_S = 5.0
 class Verdict:
     """The end of a watched engine."""
 
-    engine: MonitoredEngine
+    engine: Engine
     """The actor that earned it."""
-    engines: tuple[MonitoredEngine, ...]
+    engines: tuple[Engine, ...]
     """All actors of the engine, that one included, node 0 first."""
     reason: Reason
     by_monitor: bool
@@ -53,7 +54,7 @@ class HealthMonitor:
     def __init__(
         self,
         fleet: Fleet,
-        groups: Sequence[Sequence[MonitoredEngine]],
+        groups: Sequence[Sequence[ManagedEngine]],
         settings: Settings,
         on_dead: Callable[[Verdict], object] | None,
     ) -> None:
@@ -171,22 +172,22 @@ class HealthMonitor:
             while time.monotonic() < next_at and self._phases.is_current(phase):
                 await watched.sleep_until(next_at)
 
-    def _give_verdict(self, watched: Watched, engine: MonitoredEngine) -> None:
+    def _give_verdict(self, watched: Watched, engine: ManagedEngine) -> None:
         for member in watched.group.members:
             # The one that died, though its name may have been given to another by now.
             member.reported = engine if member is watched else self._fleet.engine(member.name) or member.engine
         self._limits.clear(watched.group)
-        engines = tuple(member.reported for member in watched.group.members if member.reported is not None)
+        engines = tuple(proxy(member.reported) for member in watched.group.members if member.reported is not None)
         by_monitor = engine.reason in GIVEN_UP
         cause, says = watched.failures.cause, watched.group.says
-        self._verdicts.put(Verdict(engine, engines, engine.reason, by_monitor, cause, says))
+        self._verdicts.put(Verdict(proxy(engine), engines, engine.reason, by_monitor, cause, says))
 
     def _call_back(self) -> None:
         """Hand verdicts to the callback, in order."""
         while (verdict := self._verdicts.get()) is not None:
             self._checks.deliver()  # listeners hear of the end first
             if verdict.by_monitor and verdict.cause is not None:
-                name, cause, server = verdict.engine.name, verdict.cause, verdict.server
+                name, cause, server = verdict.engine.fsm.name, verdict.cause, verdict.server
                 logger.error("engine %s was given up: %s (its server: %s)", name, cause, server)
             if self._on_dead is None or self._phases.ended:
                 continue
@@ -194,7 +195,7 @@ class HealthMonitor:
             try:
                 self._on_dead(verdict)
             except BaseException:  # an exit, too, would only end this thread, and the next verdict waits
-                logger.exception("%r failed on the end of engine %s", self._on_dead, verdict.engine.name)
+                logger.exception("%r failed on the end of engine %s", self._on_dead, verdict.engine.fsm.name)
                 self._fleet.metrics.listener_failed(self._on_dead)
             self._calling = None
 
@@ -204,10 +205,10 @@ class HealthMonitor:
         if calling is None or calling is self._complained or time.monotonic() - calling[1] < CALLBACK_S:
             return
         with self._verdicts.mutex:
-            waiting = [verdict.engine.name for verdict in self._verdicts.queue if verdict is not None]
+            waiting = [verdict.engine.fsm.name for verdict in self._verdicts.queue if verdict is not None]
         if waiting:
             self._complained = calling
             logger.warning(
                 "%r has run for more than %g s on the end of engine %s; the verdicts on these wait for it: %s",
-                self._on_dead, CALLBACK_S, calling[0].engine.name, ", ".join(waiting),
+                self._on_dead, CALLBACK_S, calling[0].engine.fsm.name, ", ".join(waiting),
             )  # fmt: skip

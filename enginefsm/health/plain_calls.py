@@ -10,7 +10,7 @@ from typing import Any
 from ray.actor import ActorMethod
 from ray.exceptions import RayError
 
-from enginefsm._engine.engine import MonitoredEngine
+from enginefsm._engine.managed import ManagedEngine
 from enginefsm._ray import handles as _ray_handles
 from enginefsm.fsm.outcomes import Outcome, classify
 
@@ -18,7 +18,7 @@ from enginefsm.fsm.outcomes import Outcome, classify
 class Method:
     """A method of one actor, to be called plainly, and time and again."""
 
-    def __init__(self, engine: MonitoredEngine, method: str, timeout_s: float) -> None:
+    def __init__(self, engine: ManagedEngine, method: str, timeout_s: float) -> None:
         self.engine = engine
         # An asyncio actor answers though a call is out.
         self.waits_its_turn = not _ray_handles.is_asyncio(engine.handle)

@@ -9,7 +9,7 @@ import urllib.parse
 from collections.abc import Callable
 from enum import StrEnum
 
-from enginefsm._engine.engine import MonitoredEngine
+from enginefsm._engine.managed import ManagedEngine
 from enginefsm.fsm.outcomes import Outcome
 from enginefsm.health.plain_calls import Method, PlainCall
 
@@ -95,7 +95,7 @@ class SecondOpinion:
     """
 
     def __init__(
-        self, engine: Callable[[], MonitoredEngine], url: str, timeout_s: float, asked: Callable[[], object]
+        self, engine: Callable[[], ManagedEngine], url: str, timeout_s: float, asked: Callable[[], object]
     ) -> None:
         self._engine = engine
         self._url = url
@@ -106,7 +106,7 @@ class SecondOpinion:
         self._times_forgotten = 0
         self.is_asking = False
         self._wanted = asyncio.Event()
-        self._of: MonitoredEngine | None = None
+        self._of: ManagedEngine | None = None
         """The engine that the three below are of."""
         self._address: Address | None = None
         self._asked_for: PlainCall | None = None
@@ -152,7 +152,7 @@ class SecondOpinion:
             self.is_asking = False
             self._asked()
 
-    def _learn_address(self, engine: MonitoredEngine) -> None:
+    def _learn_address(self, engine: ManagedEngine) -> None:
         """Ask the actor for its server's address: once, and again while it does not serve there: it may have moved."""
         if self._of is not engine:
             self._of, self._address, self._asked_for, self._has_none = engine, None, None, False

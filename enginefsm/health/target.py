@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from enginefsm._engine.engine import MonitoredEngine
+from enginefsm._engine.managed import ManagedEngine
 from enginefsm.fsm.outcomes import Outcome
 from enginefsm.fsm.verdicts import FailureCount
 from enginefsm.health.plain_calls import Method, PlainCall
@@ -59,7 +59,7 @@ class Phases:
 class Group:
     """The actors of one engine; `url` is the method that gives the address of the server that they share, if any."""
 
-    def __init__(self, engines: Sequence[MonitoredEngine], url: str | None, timeout_s: float) -> None:
+    def __init__(self, engines: Sequence[ManagedEngine], url: str | None, timeout_s: float) -> None:
         self.members = [Watched(engine, self) for engine in engines]
         node_0 = self.members[0]
         self.opinion = None if url is None else SecondOpinion(lambda: node_0.engine, url, timeout_s, node_0.wake)
@@ -73,7 +73,7 @@ class Group:
 class Watched:
     """One watched name, and the actor that has it."""
 
-    def __init__(self, engine: MonitoredEngine, group: Group) -> None:
+    def __init__(self, engine: ManagedEngine, group: Group) -> None:
         self.name = engine.name
         self.group = group
         self.engine = engine
@@ -91,7 +91,7 @@ class Watched:
         """When its silence is a failure, or one more."""
         self.attempts = 0
         """How many probes in a row found it unavailable."""
-        self.reported: MonitoredEngine | None = None
+        self.reported: ManagedEngine | None = None
         """The incarnation whose end was reported."""
         self._waiter: asyncio.Future[None] | None = None
 
@@ -100,7 +100,7 @@ class Watched:
         """The one that is asked when this actor is checked: that of node 0, whose server it is."""
         return self.group.opinion if self.group.members[0] is self else None
 
-    def take_over(self, engine: MonitoredEngine) -> None:
+    def take_over(self, engine: ManagedEngine) -> None:
         """Another actor has the name."""
         self.engine, self.failures, self.attempts = engine, FailureCount(), 0
         self.probe = self.sign_of_life = None

@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from enginefsm._engine.engine import EngineSnapshot
+from enginefsm._engine.managed import EngineSnapshot
 from enginefsm.events import CallOutcome, Event
 from enginefsm.fsm.outcomes import Outcome
 from enginefsm.fsm.states import EDGES, GIVEN_UP, EngineState, Reason, Transition
@@ -156,7 +156,7 @@ class FleetMetrics(Collector):
 
     def _begin_at_zero(self, group: tuple[str, str, str]) -> None:
         """A counter that is first seen at 1 has no increase to Prometheus."""
-        self._transitions.begin(*group, "", EngineState.LAUNCHING, Reason.LAUNCHED)
+        self._transitions.begin(*group, "", EngineState.LAUNCHING, Reason.ADOPTED)
         for reason, (sources, dest) in EDGES.items():
             for source in sources:
                 self._transitions.begin(*group, source, dest, reason)

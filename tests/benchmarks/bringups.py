@@ -55,7 +55,7 @@ def bring_up(number, engines, cuts, rng):
         elif isinstance(event, enginefsm.Transition) and event.to_state is EngineState.READY:
             ready[event.engine] = event.at_s
 
-    monitor = enginefsm.EngineMonitor(f"bringup-{number}", listeners=[listen])
+    monitor = enginefsm.EngineMonitor(run=f"bringup-{number}", listeners=[listen])
     actors = [ray.remote(num_cpus=0)(Engine).remote() for _ in range(engines)]
     pids = ray.get([actor.pid.remote() for actor in actors])
     adopted = [monitor.adopt(actor, name=f"engine-{i}") for i, actor in enumerate(actors)]
@@ -76,9 +76,9 @@ def bring_up(number, engines, cuts, rng):
         timer.join()
     told = [monitor.get(engine.told.remote(), timeout=60) for engine in adopted]
     lags = [
-        ready[engine.name] - max(ended_at_s, reported[engine.name])
+        ready[engine.fsm.name] - max(ended_at_s, reported[engine.fsm.name])
         for engine, (_, ended_at_s) in zip(adopted, told, strict=True)
-        if engine.name in reported and engine.name in ready
+        if engine.fsm.name in reported and engine.fsm.name in ready
     ]
     for actor in actors:
         ray.kill(actor)

@@ -26,6 +26,7 @@ from support.engines import Engine, wait_until
 
 import enginefsm
 from enginefsm import EngineMonitor
+from enginefsm._engine.proxy import managed
 from enginefsm.export import EventLog, Hub, HubSettings, PushGateway, Textfile, read_fleet
 from enginefsm.fsm.states import Reason
 
@@ -56,17 +57,17 @@ def transitions(directory):
             Hub(), Textfile(directory / "t.prom"), EventLog(directory / "e.jsonl"), PushGateway("http://127.0.0.1:1"),
         ),
     }  # fmt: skip
-    monitors = {what: EngineMonitor(what, export=exporters) for what, exporters in kinds.items()}
+    monitors = {what: EngineMonitor(run=what, export=exporters) for what, exporters in kinds.items()}
     engines = {what: fleet(monitor, 8) for what, monitor in monitors.items()}
     took = {what: [] for what in kinds}
     for monitor in monitors.values():
-        monitor.flush(10)
+        monitor.flush(timeout_s=10)
     for turn in range(ROUNDS):
         for what, monitor in monitors.items():
             engine = engines[what][turn % 8]
             for reason in ROUTE:
                 began = time.thread_time_ns()
-                engine.step(reason)
+                managed(engine).step(reason)
                 monitor._delivery.deliver()
                 took[what].append((time.thread_time_ns() - began) / 1000)
         if turn % 20 == 0:  # others' batches are sent meanwhile, as in life
@@ -89,17 +90,17 @@ def scrapes(size, bound):
     """A hub that has so many engines: as they are, and each scrape after a change."""
     settings = HubSettings(file_sd="")
     namespace = f"scrapes-{size}"
-    monitor = EngineMonitor("glm-rl", export=[Hub(settings, namespace)])
+    monitor = EngineMonitor(run="glm-rl", export=[Hub(settings, namespace)])
     engines = fleet(monitor, size)
     began = time.perf_counter()
-    assert monitor.flush(60)
+    assert monitor.flush(timeout_s=60)
     row(f"{size} engines: full state reported and acknowledged", (time.perf_counter() - began) * 1000, "ms")
     url = read_fleet("nobody", namespace=namespace)["hub"]["address"]
     changed = []
     for turn in range(10):
-        engines[turn].step(Reason.INIT_SUCCEEDED)
+        managed(engines[turn]).step(Reason.INIT_SUCCEEDED)
         monitor._delivery.deliver()
-        assert monitor.flush(30)
+        assert monitor.flush(timeout_s=30)
         took, sent = scraped(url + "/metrics")
         changed.append(took)
     row(f"{size} engines: scrape after a change, median", statistics.median(changed), "ms", bound)
@@ -125,10 +126,10 @@ def scrapes(size, bound):
             scraper.start()
         waits.clear()
         for turn in range(20, 40):
-            engines[turn].step(Reason.INIT_SUCCEEDED if not scraping else Reason.ACTOR_UNAVAILABLE)
+            managed(engines[turn]).step(Reason.INIT_SUCCEEDED if not scraping else Reason.ACTOR_UNAVAILABLE)
             monitor._delivery.deliver()
             began = time.perf_counter()
-            assert monitor.flush(30)
+            assert monitor.flush(timeout_s=30)
             waits.append((time.perf_counter() - began) * 1000)
         when = " while it is scraped without a pause" if scraping else ""
         row(f"    a transition acknowledged{when}, median", statistics.median(waits), "ms")
@@ -145,11 +146,11 @@ def ends(directory):
         for turn in range(3 if "frozen" in what else 8):
             place = directory / f"{what}-{turn}"
             place.mkdir()
-            monitor = EngineMonitor(f"ends of {what}", export=[type(one)() for one in exporters])
+            monitor = EngineMonitor(run=f"ends of {what}", export=[type(one)() for one in exporters])
             engine = monitor.adopt(ray.remote(num_cpus=0)(Engine).remote(str(place)), name="e")
             (place / "gate").touch()
             monitor.get(engine.init.remote())
-            assert monitor.flush(20)
+            assert monitor.flush(timeout_s=20)
             held = engine.hold.remote()
             wait_until((place / "held").exists)
             hub_pid = read_fleet()["hub"]["pid"] if exporters else 0

@@ -24,7 +24,7 @@ from support.clusters import local_ray
 
 import enginefsm
 from enginefsm import Outcome
-from enginefsm._engine.engine import MonitoredEngine
+from enginefsm._engine.managed import ManagedEngine
 from enginefsm.fsm.states import EngineRecord, Reason
 
 BRINGUP = 64
@@ -127,15 +127,17 @@ def death(rounds, monitor):
 
 def memory(handle):
     """Bytes that one engine adds to a monitor: what adopt() allocates, its actor's handle apart."""
-    monitor = enginefsm.EngineMonitor("memory")
+    monitor = enginefsm.EngineMonitor(run="memory")
     count = 1000
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
     kept = []
     for number in range(count):
         record = EngineRecord(f"engine-{number}", {"model": "m", "worker_type": "regular"}, 1, 0.0, 0.0)
-        engine = MonitoredEngine(handle, record, "init", None, lambda step: None)
-        monitor._engines[f"{number:032x}"] = monitor._by_name[record.name] = engine
+        engine = ManagedEngine(handle, record, "init", None, lambda step: None)
+        monitor._registry._engines[f"{number:032x}"] = monitor._registry._by_name[record.name] = enginefsm.Engine(
+            engine
+        )
         engine.observe(Outcome.ACTOR_UNAVAILABLE, launches=True, submitted_at=0.0)
         engine.observe(Outcome.SUCCEEDED, launches=True, submitted_at=time.monotonic())
         kept.append(engine)
@@ -146,10 +148,10 @@ def memory(handle):
 
 def transition(handle):
     """One transition with its metrics, microseconds: the best of several batches, since neighbours slow some."""
-    monitor = enginefsm.EngineMonitor("transition")
+    monitor = enginefsm.EngineMonitor(run="transition")
     monitor._delivery.listeners = [monitor.metrics]  # the log line apart: its cost is the handler's
     record = EngineRecord("engine", {"model": "m", "worker_type": "regular"}, 1, 0.0, 0.0)
-    engine = MonitoredEngine(handle, record, "init", None, monitor._delivery.put)
+    engine = ManagedEngine(handle, record, "init", None, monitor._delivery.put)
     engine.step(Reason.INIT_SUCCEEDED)
     batches = []
     for _ in range(20):
@@ -168,7 +170,7 @@ def main():
     rounds = parser.parse_args().rounds
     print(f"{'':52} {'bare Ray':>10} {'enginefsm':>10} {'ratio':>7}  bound")
     with local_ray():
-        monitor = enginefsm.EngineMonitor("overhead")
+        monitor = enginefsm.EngineMonitor(run="overhead")
         actors = [Engine.remote() for _ in range(BRINGUP)]
         engines = [monitor.adopt(actor, name=f"engine-{number}") for number, actor in enumerate(actors)]
         ray.get([actor.pid.remote() for actor in actors])

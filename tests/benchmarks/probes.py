@@ -119,14 +119,14 @@ def main():
     server, url = serve()
     try:
         with local_ray():
-            monitor = enginefsm.EngineMonitor("probes")
+            monitor = enginefsm.EngineMonitor(run="probes")
             actors = [Engine.remote(url) for _ in range(given.engines)]
             engines = [monitor.adopt(actor, name=f"engine-{number}") for number, actor in enumerate(actors)]
             monitor.get([engine.init.remote() for engine in engines])
             print(f"{given.engines} engines, one probe each {given.interval:g} s; bounds: 5 % over idle, 20 ms\n")
             print(f"{'':36} {'CPU, %':>9} {'own, %':>9} {'late 99%, ms':>12} {'most, ms':>9} {'> 20 ms':>8}")
             idle = measure("nothing watched", given.seconds / 2)
-            for what, settings in (("probes", {}), ("probes, and the servers asked", {"url": "url"})):
+            for what, settings in (("probes", {}), ("probes, and the servers asked", {"address": "url"})):
                 health = monitor.watch(engines, interval_s=given.interval, **settings)
                 time.sleep(given.interval)
                 ray.get([actor.times.remote() for actor in actors])
@@ -136,7 +136,7 @@ def main():
             rhythm(
                 [at for times in ray.get([actor.times.remote() for actor in actors]) for at in times], given.interval
             )
-            dead = sum(engine.state is not enginefsm.EngineState.READY for engine in engines)
+            dead = sum(engine.fsm.state is not enginefsm.EngineState.READY for engine in engines)
             print(f"engines that are not ready: {dead}")
     finally:
         server.terminate()

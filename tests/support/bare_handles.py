@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,29 +13,25 @@ from enginefsm._calls.calls import Ledger
 
 
 def bare_handle(*methods: str) -> ActorHandle:
-    """A handle of an actor with `methods` (`init`, if none are named) that take nothing."""
+    """Return a handle of an actor with `methods` (`init`, if none are named) that take nothing."""
     methods = methods or ("init",)
-    return ActorHandle(
-        language=Language.PYTHON,
-        actor_id=ActorID.from_random(),
-        max_task_retries=0,
-        enable_task_events=False,
-        method_is_generator={},
-        method_decorators={},
-        method_signatures={method: [] for method in methods},
-        method_num_returns={},
-        method_max_task_retries={},
-        method_retry_exceptions={},
-        method_generator_backpressure_num_objects={},
-        method_num_objects_per_yield={},
-        method_enable_task_events={},
-        enable_tensor_transport=False,
-        method_name_to_tensor_transport={},
-        actor_method_cpus=0,
-        actor_creation_function_descriptor=PythonFunctionDescriptor("tests", methods[0], "BareEngine"),
-        cluster_and_job=None,
-        weak_ref=True,
-    )
+    by_name = {
+        "language": Language.PYTHON,
+        "actor_id": ActorID.from_random(),
+        "max_task_retries": 0,
+        "method_signatures": {method: [] for method in methods},
+        "method_num_returns": dict.fromkeys(methods, 1),
+        "method_is_generator": dict.fromkeys(methods, False),
+        "actor_method_cpus": 0,
+        "actor_creation_function_descriptor": PythonFunctionDescriptor("tests", methods[0], "BareEngine"),
+        "cluster_and_job": None,
+        "weak_ref": True,
+    }
+    # Each Ray version asks for more than that: dicts by method, which may be empty, and switches.
+    for name, parameter in inspect.signature(ActorHandle).parameters.items():
+        if name not in by_name and parameter.default is inspect.Parameter.empty:
+            by_name[name] = {} if name.startswith("method_") else False
+    return ActorHandle(**by_name)
 
 
 class RecordingHandle:
@@ -60,4 +57,6 @@ class RecordingHandle:
 
 def recording_engine() -> SimpleNamespace:
     """As much of an engine as a `Call` sees, with a `RecordingHandle`."""
-    return SimpleNamespace(name="e", launch="init", on_loop=False, ledger=Ledger(), handle=RecordingHandle())
+    return SimpleNamespace(
+        name="e", launch="init", awaiter=None, on_loop=False, ledger=Ledger(), handle=RecordingHandle()
+    )

@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 import enginefsm
 import enginefsm.embed.slime
+from enginefsm._engine.proxy import managed
 from enginefsm.rehearsal.children import keeper
 from support import slime_engines
 
@@ -345,11 +346,11 @@ class RolloutManager:
         return [
             engine
             and {
-                "name": engine.name,
-                "incarnation": engine.incarnation,
-                "state": str(engine.state),
-                "labels": dict(engine.labels),
-                "actor_id": engine.actor_id,
+                "name": engine.fsm.name,
+                "incarnation": engine.fsm.incarnation,
+                "state": str(engine.fsm.state),
+                "labels": dict(engine.fsm.labels),
+                "actor_id": managed(engine).actor_id,
             }
             for server in self.servers.values()
             for engine in (

@@ -34,7 +34,7 @@ class Rollout:
         self.pg = ray.util.placement_group([{"CPU": 0.01}] * self.actors) if self.actors else None
         self.hops = []  # the states of the manager, as this process sees it
         policy = enginefsm.RetryPolicy(budget_s=60, cap_s=2)
-        self.monitor = enginefsm.EngineMonitor("slime", policy, listeners=[self._listen])
+        self.monitor = enginefsm.EngineMonitor(run="slime", policy=policy, listeners=[self._listen])
         indices = list(range(self.actors))
         handle = ray.remote(RolloutManager).options(num_cpus=0.01).remote(self.args, (self.pg, indices, indices))
         self.manager = self.monitor.adopt(handle, name="rollout_manager", launch="__ray_ready__")

@@ -6,8 +6,8 @@ import contextlib
 import json
 import time
 
-from enginefsm._engine.engine import EngineSnapshot
 from enginefsm._engine.launch_stages import LaunchStages
+from enginefsm._engine.managed import EngineSnapshot
 from enginefsm.events import CallOutcome
 from enginefsm.export import Exports
 from enginefsm.fsm.outcomes import Outcome

@@ -8,7 +8,7 @@ from typing import Any
 from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, RayError
 
-from enginefsm import Call, EngineMonitor, EngineState, MonitoredEngine
+from enginefsm import Call, Engine, EngineMonitor, EngineState
 from enginefsm.cli.demo.board import Board
 from enginefsm.cli.demo.faults import Injector
 from enginefsm.cli.demo.plan import EnginePlan
@@ -37,7 +37,7 @@ class Bringup:
         self._board = board
         self._view = view
         self._plans: dict[str, EnginePlan] = {}
-        self._engines: dict[str, MonitoredEngine] = {}
+        self._engines: dict[str, Engine] = {}
         self._calls: dict[str, Call] = {}
 
     def run(self, plans: Sequence[EnginePlan]) -> bool:
@@ -67,7 +67,7 @@ class Bringup:
             self._calls[plan.name] = engine.init.remote()
             self._injector.begin(engine, pid, plan.faults)
 
-    def _adopt(self, plan: EnginePlan) -> MonitoredEngine:
+    def _adopt(self, plan: EnginePlan) -> Engine:
         engine = self._monitor.adopt(self._start_actor(plan), name=plan.name, model=self._model, worker_type="regular")
         self._engines[plan.name] = engine
         return engine
@@ -80,17 +80,17 @@ class Bringup:
         self._monitor.get([engine.generate.remote(_PROMPT, _SAMPLING) for engine in engines])
         inits = self._monitor.get([engine.times_init_ran.remote() for engine in engines])
         for engine, times in zip(engines, inits, strict=True):
-            self._board.life(engine.name, engine.incarnation).inits = times
+            self._board.life(engine.fsm.name, engine.fsm.incarnation).inits = times
 
     def _replaced_killed(self, error: RayError) -> bool:
         """Replace what the demo killed, if that is what failed; what else was called is awaited on as it is."""
-        dead = [engine for engine in self._monitor.engines() if engine.state is EngineState.DEAD]
-        killed = [engine for engine in dead if self._board.life(engine.name, engine.incarnation).was_killed]
+        dead = [engine for engine in self._monitor.engines() if engine.fsm.state is EngineState.DEAD]
+        killed = [engine for engine in dead if self._board.life(engine.fsm.name, engine.fsm.incarnation).was_killed]
         if not isinstance(error, ActorDiedError) or not dead or dead != killed:
             return False
         for engine in dead:
             self._monitor.release(engine)
-            successor = self._adopt(self._plans[engine.name])
-            self._calls[engine.name] = successor.init.remote()
-            self._view.note(f"{engine.name} is replaced by a new actor; the other engines are awaited on")
+            successor = self._adopt(self._plans[engine.fsm.name])
+            self._calls[engine.fsm.name] = successor.init.remote()
+            self._view.note(f"{engine.fsm.name} is replaced by a new actor; the other engines are awaited on")
         return True

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from enginefsm import EngineState, MonitoredEngine
+from enginefsm import Engine, EngineState
 from enginefsm.cli.demo.options import FaultKind
 from enginefsm.cli.demo.plan import Fault
 from enginefsm.rehearsal import chaos
@@ -40,10 +40,10 @@ class Injector:
         self._threads: list[threading.Thread] = []
         self._freezes: list[chaos.Freeze] = []
 
-    def begin(self, engine: MonitoredEngine, pid: int, faults: tuple[Fault, ...]) -> None:
+    def begin(self, engine: Engine, pid: int, faults: tuple[Fault, ...]) -> None:
         """Inject `faults` into the engine's process `pid`, from now on."""
         thread = threading.Thread(
-            target=self._run, args=(engine, pid, faults), name=f"faults-{engine.name}", daemon=True
+            target=self._run, args=(engine, pid, faults), name=f"faults-{engine.fsm.name}", daemon=True
         )
         self._threads.append(thread)
         thread.start()
@@ -60,20 +60,20 @@ class Injector:
         for freeze in self._freezes:
             freeze.thaw()
 
-    def _run(self, engine: MonitoredEngine, pid: int, faults: tuple[Fault, ...]) -> None:
+    def _run(self, engine: Engine, pid: int, faults: tuple[Fault, ...]) -> None:
         began = time.monotonic()
         for place, fault in enumerate(faults):
             if self._stop.wait(began + fault.at_s - time.monotonic()):
                 return
             try:
-                if place > 0 and not self._wait_until(lambda: engine.state is not EngineState.LAUNCHING):
+                if place > 0 and not self._wait_until(lambda: engine.fsm.state is not EngineState.LAUNCHING):
                     self._tell(engine, fault, f"no second {fault.kind}: the first was not noticed", hit=False)
                     return
                 self._inject(engine, pid, fault)
             except (chaos.NotAnEngineError, OSError) as error:
                 self._tell(engine, fault, f"no {fault.kind}: {error}", hit=False)
 
-    def _inject(self, engine: MonitoredEngine, pid: int, fault: Fault) -> None:
+    def _inject(self, engine: Engine, pid: int, fault: Fault) -> None:
         match fault.kind:
             case FaultKind.CUT:
                 cuts = 0
@@ -103,7 +103,7 @@ class Injector:
                 return False
         return True
 
-    def _tell(self, engine: MonitoredEngine, fault: Fault, what: str, *, hit: bool = True) -> None:
+    def _tell(self, engine: Engine, fault: Fault, what: str, *, hit: bool = True) -> None:
         if not hit and self._stop.is_set():
             return
-        self._report(Injection(fault, engine.incarnation, self._clock_s(), hit, what))
+        self._report(Injection(fault, engine.fsm.incarnation, self._clock_s(), hit, what))

@@ -61,7 +61,7 @@ class _Demo:
         self._board = Board(launch="init")
         log = [] if options.events is None else [EventLog(options.events)]
         policy = RetryPolicy(launch_deadline_s=_LAUNCH_DEADLINE_S[options.engine])
-        self._monitor = EngineMonitor("demo", policy, [self._board], export=log)
+        self._monitor = EngineMonitor(run="demo", policy=policy, listeners=[self._board], export=log)
         self._began_at = time.monotonic()
         engines = f"{options.engines} {options.engine} engine{'s' if options.engines > 1 else ''}"
         faults = ", ".join(options.faults) or "none"
@@ -124,7 +124,7 @@ class _Demo:
 
 def _serve_metrics(monitor: EngineMonitor, port: int) -> MetricsServer:
     try:
-        return monitor.serve_metrics(port, _ADDR)
+        return monitor.serve_metrics(port, addr=_ADDR)
     except OSError as error:
         raise DemoError(
             f"--metrics-port: {port} on {_ADDR} cannot be had ({error.strerror}): take another, or 0 for a free one"

@@ -14,7 +14,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from enginefsm import EngineState, Event, MonitoredEngine, Transition
+from enginefsm import Engine, EngineState, Event, Transition
 from enginefsm.cli.demo.board import Board, Life
 from enginefsm.cli.demo.faults import Injection
 from enginefsm.cli.tables import STYLES, Column, engine_table, what_fits
@@ -96,7 +96,7 @@ class LiveTable(Lines):
         console: Console,
         clock_s: Callable[[], float],
         board: Board,
-        engines: Callable[[], Sequence[MonitoredEngine]],
+        engines: Callable[[], Sequence[Engine]],
         caption: str,
     ) -> None:
         super().__init__(console, clock_s)
@@ -123,30 +123,30 @@ class LiveTable(Lines):
 
     def _draw(self) -> Group:
         all_engines = self._engines()
-        up = sum(engine.state is EngineState.READY for engine in all_engines)
+        up = sum(engine.fsm.state is EngineState.READY for engine in all_engines)
         title = Text.assemble(
             ("enginefsm demo", "bold"), f"  {up} of {len(all_engines)} ready  {self._clock_s():.1f} s"
         )
         engines, hidden = what_fits(
             all_engines,
             max(1, self._console.height - _LINES_AROUND_TABLE),
-            lambda engine: engine.name,
-            lambda engine: engine.state is EngineState.READY,
+            lambda engine: engine.fsm.name,
+            lambda engine: engine.fsm.state is EngineState.READY,
         )
         more = [Text(f" and {hidden} more", "dim")] if hidden else []
         return Group(title, self._table(engines), *more, Text(self._caption, "dim"))
 
-    def _table(self, engines: Sequence[MonitoredEngine]) -> Table:
+    def _table(self, engines: Sequence[Engine]) -> Table:
         table = engine_table(_COLUMNS)
         now = time.time()
         for engine in engines:
-            life, state = self._board.life(engine.name, engine.incarnation), engine.state
+            life, state = self._board.life(engine.fsm.name, engine.fsm.incarnation), engine.fsm.state
             table.add_row(
                 life.title,
                 Text(state, STYLES[state]),
-                f"{max(0.0, now - engine.state_since):.1f} s",
+                f"{max(0.0, now - engine.fsm.since):.1f} s",
                 str(life.attempts),
-                engine.reason,
+                engine.fsm.reason,
                 _faults(life),
             )
         return table
