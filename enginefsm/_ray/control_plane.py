@@ -1,4 +1,4 @@
-"""Questions to Ray's control plane, the GCS: how far actors are, and which jobs and actors have ended."""
+"""Questions to Ray's control plane, the GCS: the head node, how far actors are, which jobs and actors have ended."""
 
 from __future__ import annotations
 
@@ -18,6 +18,12 @@ _Found = Mapping[Any, ActorTableData]
 def ended_jobs() -> dict[str, float]:
     """Return the jobs whose drivers are gone: by id, the time of the end in seconds since the epoch."""
     return {job["JobID"]: job["EndTime"] / 1000 for job in ray._private.state.jobs() if job["IsDead"]}
+
+
+def head_node_id() -> str | None:
+    """Return the id (hex) of the cluster's head node, or None if no node is marked as the head."""
+    marked = (node["NodeID"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"])
+    return next(marked, None)
 
 
 class Creation(NamedTuple):

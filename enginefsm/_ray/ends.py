@@ -1,13 +1,17 @@
-"""Word of the end beforehand, while Ray can still be called: for who has something to send, and threads that call Ray.
+"""A call to those who have something to send before Ray cannot be called any more.
 
-There are three ends in good order:
+A monitor has its last events to send, and its threads may be in calls of Ray. Both have to end before Ray does. There
+are three ends in good order:
 
-- `ray.shutdown()`. Ray ends the process, with exit code 1 and no exception, when a thread is in a call of Ray's
-  meanwhile ("The core worker has already been shutdown ... The process will exit"). Such a thread has to end first, and
-  Ray has no hook for that: so `ray.shutdown` is wrapped, once there is someone to be told.
-- The end of an actor that Ray lets end (`exit_actor()`, the last handle gone): Ray calls its `__ray_shutdown__`. When
-  its atexit handlers run, Ray cannot be called any more, and to try ends the process before the rest of them.
-- The end of any other interpreter: atexit.
+- `ray.shutdown()`. If a thread is in a call of Ray at that moment, Ray ends the process with exit code 1 and without an
+  exception ("The core worker has already been shutdown ... The process will exit"). Ray has no hook for that, so this
+  module wraps `ray.shutdown` as soon as somebody wants to be told.
+- Ray lets an actor end, by `exit_actor()` or because nobody holds a handle any more. From Ray 2.50 on it calls the
+  actor's `__ray_shutdown__` first, which this module sets. Up to Ray 2.49 nothing is called while Ray still works, so
+  nobody is told: JSONL logs, files and push gateways get no word of the end, and the hub asks the GCS how the actor
+  ended (`control_plane.actors_ended_in_good_order`). When the actor's atexit handlers run, a call of Ray ends the
+  process before the remaining handlers.
+- Any other interpreter ends: atexit.
 """
 
 from __future__ import annotations
@@ -26,16 +30,16 @@ import ray
 from enginefsm._ray import this_process
 
 LEAVE_S = 10.0
-"""How long an end waits for threads that are in calls of Ray: as long as a hub takes to start on a busy machine."""
+"""How long an end waits for threads that call Ray. A hub takes about as long to start on a busy machine."""
 
 _lock = threading.Lock()
-_told: list[Callable[[], Callable[[], object] | None]] = []  # gives whom to call, or None once that one is gone
+_told: list[Callable[[], Callable[[], object] | None]] = []  # each gives a function to call, or None once it is gone
 _left = threading.Condition()
-_in_ray: list[int] = []  # the threads that are
+_in_ray: list[int] = []  # the ids of the threads that call Ray
 
 
 def tell_before(act: Callable[[], object]) -> None:
-    """Have `act` called, once, before the end. It must not raise. A method keeps nobody alive for that."""
+    """Call `act` once before the end. It must not raise. A bound method is held weakly."""
     with _lock:
         _told[:] = [told for told in _told if told() is not None]
         _told.append(weakref.WeakMethod(act) if isinstance(act, types.MethodType) else lambda: act)
@@ -46,19 +50,19 @@ def tell_before(act: Callable[[], object]) -> None:
             atexit.unregister(_tell)
             atexit.register(_tell)
         elif getattr(getattr(actor, "__ray_shutdown__", None), "__name__", "") != _MARK:
-            with contextlib.suppress(AttributeError):  # an actor with slots: its end goes untold
+            with contextlib.suppress(AttributeError):  # an actor with __slots__: nobody is told of its end
                 actor.__ray_shutdown__ = _first_tell(getattr(actor, "__ray_shutdown__", None))
 
 
 def forget(act: Callable[[], object]) -> None:
-    """Have `act` not called any more."""
+    """Do not call `act` any more."""
     with _lock:
         _told[:] = [told for told in _told if told() not in (None, act)]
 
 
 @contextlib.contextmanager
 def calling_ray() -> Iterator[None]:
-    """What a thread does here calls Ray: the end waits for it, `LEAVE_S` seconds at most."""
+    """Make the end wait until this thread leaves the block, which calls Ray; for `LEAVE_S` seconds at most."""
     with _left:
         _in_ray.append(threading.get_ident())
     try:

@@ -17,7 +17,8 @@ from enginefsm.errors import UnsupportedRayError
 TESTED = ("2.47.1", "2.48.0", "2.55.1", "2.57.1", "2.60.0")
 """The releases of Ray that the tests were run with, oldest first."""
 
-# Modules and what is read of them. Each exists in all of `TESTED`.
+# What enginefsm reads of Ray's modules, handles and methods. Each of `TESTED` has all of these names. A name that only
+# some of them have is not here: the module that reads it deals with its absence and names the release.
 _OF_MODULES = {
     "ray._private.worker": ("_global_node", "global_worker.actors", "global_worker.mode"),
     "ray._private.state": ("jobs",),
@@ -27,24 +28,31 @@ _OF_MODULES = {
         "ActorTableData.END_TIME_FIELD_NUMBER", "ActorTableData.DEATH_CAUSE_FIELD_NUMBER",
     ),
     "ray.core.generated.common_pb2": ("ActorDiedErrorContext.Reason.Name",),
-    "ray._raylet": ("Config.grpc_client_keepalive_time_ms", "Config.grpc_client_keepalive_timeout_ms"),
+    "ray._raylet": (
+        "ObjectRef.task_id", "TaskID.actor_id", "Config.grpc_client_keepalive_time_ms",
+        "Config.grpc_client_keepalive_timeout_ms",
+    ),
 }  # fmt: skip
 _OF_HANDLES = (
     "_ray_actor_id.hex", "_ray_actor_id.job_id", "_ray_actor_creation_function_descriptor.class_name",
-    "_ray_is_cross_language",
+    "_ray_is_cross_language", "__ray_call__.remote", "__ray_ready__.remote",
 )  # fmt: skip
-# `_tensor_transport` is not here: Ray has it from 2.48 on (`handles.is_plain`).
 _OF_METHODS = ("_num_returns", "_is_generator", "_decorator", "_signature", "_method_name")
 
 
 def check_modules() -> None:
     """Raise UnsupportedRayError if this Ray's modules lack a private name that enginefsm reads."""
     for module, names in _OF_MODULES.items():
-        try:
-            holder = importlib.import_module(module)
-        except ImportError:
-            raise _unsupported(module) from None
-        _check(module, holder, names)
+        require(module, *names)
+
+
+def require(module: str, *names: str) -> None:
+    """Raise UnsupportedRayError if this Ray lacks the module, or the module lacks one of the dotted names."""
+    try:
+        holder = importlib.import_module(module)
+    except ImportError:
+        raise _unsupported(module) from None
+    _check(module, holder, names)
 
 
 def check_handle(handle: ActorHandle[Any]) -> None:

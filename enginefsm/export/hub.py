@@ -224,7 +224,7 @@ def _report(fleet: Fleet, batch: Batch, host: str, moved_on: Iterable[str] | Non
 def start(settings: HubSettings | None = None, namespace: str = NAMESPACE) -> ActorHandle[Any]:
     """Give the cluster's hub, started if there is none. Ray must be initialized."""
     settings = settings or HubSettings.from_environment()
-    head = next((node["NodeID"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"]), None)
+    head = control_plane.head_node_id()
     actor: Any = ray.remote(HubActor)
     hub: ActorHandle[Any] = actor.options(
         name=NAME,

@@ -10,7 +10,7 @@ import ray
 from support.bare_handles import bare_handle
 
 import enginefsm
-from enginefsm._ray import surface
+from enginefsm._ray import loopback, surface
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,12 @@ def test_adopt_names_what_the_handles_of_this_ray_lack():
         match=r"lacks ray\.actor\.ActorHandle\._ray_actor_creation_function_descriptor\.class_name",
     ):
         enginefsm.EngineMonitor().adopt(handle, name="engine-0")
+
+
+def test_a_ray_without_its_own_switch_is_not_started_where_it_would_listen_on_all_addresses(monkeypatch):
+    monkeypatch.delattr(ray._private.ray_constants, "ENABLE_RAY_CLUSTER")
+    with pytest.raises(enginefsm.UnsupportedRayError, match=r"lacks ray\._private\.ray_constants\.ENABLE_RAY_CLUSTER"):
+        loopback.stay_on_loopback()
 
 
 def test_this_ray_has_all_that_is_read_of_it():

@@ -13,8 +13,8 @@ from enginefsm._calls.calls import Ledger
 
 
 def bare_handle(*methods: str) -> ActorHandle:
-    """Return a handle of an actor with `methods` (`init`, if none are named) that take nothing."""
-    methods = methods or ("init",)
+    """Return a handle of an actor with `methods` (`init`, if none are named) that take nothing, and Ray's own."""
+    methods = (*(methods or ("init",)), "__ray_ready__", "__ray_call__")
     by_name = {
         "language": Language.PYTHON,
         "actor_id": ActorID.from_random(),

@@ -11,10 +11,8 @@ from contextlib import contextmanager, suppress
 
 import psutil
 import ray
-from ray._private import ray_constants
-from ray._private import worker as ray_worker
 
-from enginefsm._ray import keepalive
+from enginefsm._ray import keepalive, loopback
 
 _END_TIMEOUT_S = 10.0
 
@@ -28,14 +26,10 @@ def local_ray() -> Iterator[None]:
     os.environ.update(
         RAY_AUTH_MODE="disabled",  # nobody else can reach it
         RAY_USAGE_STATS_ENABLED="0",
-        # Ray on Linux turns 127.0.0.1 into the host's address and listens on all of them. This switch of its own keeps
-        # it on loopback: the variable for the processes that it starts, the constant for this one, which has read it.
-        RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
         **keepalive.VARIABLES,
     )
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    # With log_to_driver=False Ray still prints a paragraph for each worker that dies, which get() says as well.
-    ray_worker.print_to_stdstream = _drop
+    loopback.stay_on_loopback()
+    loopback.print_nothing_of_workers()  # get() names the engine that died
     try:
         with _sigint_held():
             ray.init(
@@ -63,10 +57,6 @@ def _end() -> None:
     for process in left:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-
-
-def _drop(*_: object, **__: object) -> None:
-    pass
 
 
 @contextmanager
