@@ -114,6 +114,10 @@ HARMLESS = {
     ),
     "a file on another host": ("file_sd", Verdict.UNKNOWN, {"here": dataclasses.replace(HERE, host="worker")}),
     "a hub that writes no file": ("file_sd", Verdict.NOTE, {"file_sd": None}),
+    "a hub of a cluster of another Ray": (
+        "hub", Verdict.UNKNOWN,
+        {"hub": None, "hub_problem": "not asked", "here": dataclasses.replace(HERE, ray="2.57.1")},
+    ),
     "a monitor that does not tell": ("silent links", Verdict.OK, {"hub": hub_of(fleet(manager(silent_link_s=None)))}),
 }  # fmt: skip
 

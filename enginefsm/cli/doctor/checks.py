@@ -179,6 +179,9 @@ def hub(facts: Facts) -> Finding:
         return Finding(
             row, Verdict.UNKNOWN, facts.hub_problem or "not found", "Without the cluster it cannot be found."
         )
+    if facts.cluster.hub is not None and not facts.can_join:
+        where = f"pid {facts.cluster.hub.pid} on {facts.cluster.hub.ip}"
+        return Finding(row, Verdict.UNKNOWN, f"{where}, {facts.hub_problem}", "See the row versions.")
     if facts.cluster.hub is not None:
         return Finding(
             row, Verdict.ATTENTION, facts.hub_problem, f"Its actor lives (pid {facts.cluster.hub.pid} on "

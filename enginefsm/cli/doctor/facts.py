@@ -122,6 +122,14 @@ class Facts:
         return next((node.host for node in self.cluster.nodes if node.ip == ip), None)
 
     @property
+    def can_join(self) -> bool:
+        """Whether the cluster accepts a driver with the Ray and the Python of this process."""
+        if self.cluster is None:
+            return False
+        theirs = (self.cluster.ray or self.here.ray, self.cluster.python or self.here.python)
+        return theirs == (self.here.ray, self.here.python)
+
+    @property
     def hub_is_here(self) -> bool:
         """Whether the hub is on this host."""
         return self.hub_host == self.here.host

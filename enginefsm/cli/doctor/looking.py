@@ -102,6 +102,10 @@ def _look_at_hub(facts: Facts, address: str | None, environ: Mapping[str, str]) 
     cluster = facts.cluster
     if cluster is None or cluster.hub is None:
         return dataclasses.replace(facts, hub_problem=problem)
+    if not facts.can_join:
+        return dataclasses.replace(
+            facts, hub_problem="not asked: a cluster refuses a process with another Ray or Python"
+        )
     try:
         with contextlib.closing(HubReader(cluster.address)) as reader:
             asked_s = time.time()
