@@ -29,6 +29,10 @@ class LaunchDeadlineError(GetTimeoutError):
     """Engines had not ended their launch method by the policy's `launch_deadline_s`; it names each of them."""
 
 
+class UnsupportedRayError(ImportError):
+    """This Ray lacks something that enginefsm reads of it. The message names both, and the releases that are tested."""
+
+
 class ActorRestartedError(ActorDiedError):
     """Ray restarted the actor under an engine: what its launch method had set up is gone with the old process."""
 

@@ -15,7 +15,7 @@ from ray.exceptions import GetTimeoutError, RayError, RaySystemError
 
 from enginefsm._calls.calls import Awaited, PlainRef, says_dropped, says_restarted
 from enginefsm._engine.managed import ManagedEngine
-from enginefsm._ray import handles as _ray_handles
+from enginefsm._ray import this_process
 from enginefsm._wait.arrivals import Raised
 from enginefsm.errors import ActorRestartedError, LaunchDeadlineError, RetryExhaustedError
 from enginefsm.events import CallOutcome, Event
@@ -56,7 +56,7 @@ class Wait:
         self.watched: dict[ObjectRef[Any], list[Awaited]] = {}
         """The references that are out, and whose they are."""
         self._resting: list[Awaited] = []
-        self._session = _ray_handles.session()
+        self._session = this_process.session()
 
     def take_up(self, one: Awaited) -> None:
         """Wait for `one`, too."""
@@ -197,7 +197,7 @@ class Wait:
 
     def session_ended(self) -> Exception | None:
         """What to raise when Ray was shut down: it tells nothing of what was out then, and would be started anew."""
-        if _ray_handles.session() is self._session:
+        if this_process.session() is self._session:
             return None
         one = next(iter(self.open))
         return _noted(one, RaySystemError(f"Ray was shut down while {one.method}() of {one.engine.name!r} was out"))

@@ -117,6 +117,8 @@ class Report(TypedDict, total=False):
     """How many verdicts of the health monitor are held, by why."""
     job: Required[str]
     """The Ray job in whose actor the manager is, as whose driver ends it is killed; "" where it is a driver's own."""
+    actor: str
+    """The id (hex) of the actor that the manager is in; "" if it is a driver's own."""
     started_s: Required[float]
     heartbeat_s: Required[float]
     stopped_s: Required[float]
@@ -210,21 +212,35 @@ class FleetTable:
             return self._clock() - self._heard_at
 
     def silent_jobs(self) -> set[str]:
-        """The jobs of actors whose managers are silent, and did not say why."""
+        """Return the jobs of actors whose managers are silent and did not say why."""
         with self._lock:
-            return {
-                manager.report["job"]
-                for manager in self._managers.values()
-                if manager.report["job"] and not manager.report["stopped_s"] and self._has_ended(manager)
-            }
+            return {job for manager in self._gone_silent() if (job := manager.report["job"])}
+
+    def silent_actors(self) -> set[str]:
+        """Return the ids of actors whose managers are silent and did not say why."""
+        with self._lock:
+            return {actor for manager in self._gone_silent() if (actor := manager.report.get("actor", ""))}
 
     def end_jobs(self, ended: Mapping[str, float]) -> None:
-        """Take the silent managers in actors of these jobs for ended with their job, at the time given for it."""
+        """Mark the silent managers in actors of these jobs as stopped, at the time given for the job."""
         with self._lock:
-            for manager in self._managers.values():
-                report = manager.report
-                if report["job"] in ended and not report["stopped_s"] and self._has_ended(manager):
-                    manager.report = {**report, "stopped_s": ended[report["job"]]}
+            for manager in self._gone_silent():
+                if manager.report["job"] in ended:
+                    manager.report = {**manager.report, "stopped_s": ended[manager.report["job"]]}
+
+    def end_actors(self, ended: Mapping[str, float]) -> None:
+        """Mark the silent managers in these actors as stopped, at the time given for the actor.
+
+        Ray calls an actor's `__ray_shutdown__` from 2.50 on. Before that, a manager in an actor that ends in good order
+        falls silent.
+        """
+        with self._lock:
+            for manager in self._gone_silent():
+                if manager.report.get("actor") in ended:
+                    manager.report = {**manager.report, "stopped_s": ended[manager.report["actor"]]}
+
+    def _gone_silent(self) -> list[_Manager]:
+        return [one for one in self._managers.values() if not one.report["stopped_s"] and self._has_ended(one)]
 
     def forget(self, after_s: float) -> None:
         """Forget managers that have not been heard of for so long. What they counted stays while their run goes on."""

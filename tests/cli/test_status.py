@@ -175,6 +175,7 @@ def test_an_address_that_nobody_listens_at_is_said_at_once():
     assert (code, err) == (ends.FAILED, f"enginefsm status: no hub answers at http://{address}: Connection refused\n")
 
 
+@pytest.mark.ray
 def test_an_address_that_never_answers_ends_the_wait_and_leaves_no_process(silent):
     began_at = time.monotonic()
     reader = HubReader(silent, timeout_s=3)

@@ -396,7 +396,7 @@ def test_the_alert_on_a_dead_engine_says_why_it_died(fleet):
 
     def told():
         return {
-            one["labels"]["engine"]: re.findall("The reason: ([a-z_]+)\\.", one["annotations"]["description"])
+            one["labels"]["engine"]: re.findall("The reason is ([a-z_]+)\\.", one["annotations"]["description"])
             for one in fleet.server.api("alerts")["alerts"]
             if one["labels"]["alertname"] == "EnginefsmEngineDead"
         }
@@ -442,6 +442,7 @@ def test_a_choice_narrows_what_is_shown(fleet, chosen, title, expected):
     assert_gives(lambda: fleet.ask(QUERIES["bringup.json", title, "A"], all_of("glm") | chosen), expected)
 
 
+@pytest.mark.ray
 def test_a_fleet_of_a_thousand_shows_what_is_not_ready_and_the_rest_as_counts(tmp_path):
     dashboard_files.write(tmp_path)
     targets = tmp_path / "targets"
@@ -474,6 +475,7 @@ def test_a_fleet_of_a_thousand_shows_what_is_not_ready_and_the_rest_as_counts(tm
         assert_gives(lambda: seen.ask(counted, all_of("big")), counts)
 
 
+@pytest.mark.ray
 def test_an_engine_that_was_replaced_on_another_node_is_shown_where_it_was_last(tmp_path):
     dashboard_files.write(tmp_path)
     targets = tmp_path / "targets"
