@@ -27,11 +27,13 @@ _OF_MODULES = {
         "ActorTableData.END_TIME_FIELD_NUMBER", "ActorTableData.DEATH_CAUSE_FIELD_NUMBER",
     ),
     "ray.core.generated.common_pb2": ("ActorDiedErrorContext.Reason.Name",),
-    "ray._raylet": ("Config.grpc_client_keepalive_time_ms", "Config.grpc_client_keepalive_timeout_ms"),
+    "ray._raylet": (
+        "GcsClient", "Config.grpc_client_keepalive_time_ms", "Config.grpc_client_keepalive_timeout_ms",
+    ),
 }  # fmt: skip
 _OF_HANDLES = (
     "_ray_actor_id.hex", "_ray_actor_id.job_id", "_ray_actor_creation_function_descriptor.class_name",
-    "_ray_is_cross_language",
+    "_ray_is_cross_language", "_ray_max_task_retries", "_ray_method_max_task_retries",
 )  # fmt: skip
 # `_tensor_transport` is not here: Ray has it from 2.48 on (`handles.is_plain`).
 _OF_METHODS = ("_num_returns", "_is_generator", "_decorator", "_signature", "_method_name")

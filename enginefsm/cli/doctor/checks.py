@@ -185,8 +185,8 @@ def hub(facts: Facts) -> Finding:
     if facts.cluster.hub is not None:
         return Finding(
             row, Verdict.ATTENTION, facts.hub_problem, f"Its actor lives (pid {facts.cluster.hub.pid} on "
-            f"{facts.cluster.hub.ip}) and does not answer. {nobody}",
-            "Look at that process. If it hangs, kill it: the next report of a monitor starts another hub.",
+            f"{facts.cluster.hub.ip}), but does not answer. {nobody}",
+            "Run the doctor again. If the process hangs, kill it: the next report of a monitor starts another hub.",
         )  # fmt: skip
     return Finding(
         row, Verdict.ATTENTION, "the cluster has no hub" + (f"; {facts.hub_problem}" if facts.hub_problem else ""),
