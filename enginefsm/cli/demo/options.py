@@ -27,7 +27,7 @@ class FaultKind(StrEnum):
 
 
 def parse_faults(text: str) -> tuple[FaultKind, ...]:
-    """Return the fault kinds that `text` lists, separated by commas; `none` is none. Raise DemoError for another word."""
+    """Return the fault kinds that `text` lists, separated by commas, or `none`. Raise DemoError for another word."""
     words = [word.strip() for word in text.split(",")]
     if words == ["none"]:
         return ()

@@ -1,7 +1,7 @@
 """The trace of runs, in Chrome's trace event format, which Perfetto and chrome://tracing open.
 
-A manager is a process, and an engine is a thread. A state is a slice whose arguments hold its reason. A call that failed
-or was submitted again is an instant. Times are microseconds since the first event.
+A manager is a process, and an engine is a thread. A state is a slice whose arguments hold its reason. A call that
+failed or was submitted again is an instant. Times are microseconds since the first event.
 """
 
 from __future__ import annotations

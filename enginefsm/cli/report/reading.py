@@ -27,7 +27,7 @@ class Line(NamedTuple):
 
 
 def read(path: Path) -> Iterator[Line]:
-    """Yield the events of known kinds, and the lines that are no events. Raise ReportError if the file cannot be read."""
+    """Yield the events of known kinds, and the lines that are no events. Raise ReportError if it cannot be read."""
     try:
         with path.open("rb") as file:
             for number, text in enumerate(file, 1):
