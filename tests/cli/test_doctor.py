@@ -247,7 +247,9 @@ def test_without_a_cluster_it_says_where_it_looked_and_starts_none(tmp_path, sta
     code, findings = examine(**environ)
     assert time.monotonic() - began_at < 25
     assert (code, wants_attention(findings)) == (ends.FAILED, {"cluster"})
-    expected = f"there is no Ray cluster at {address}: Connection refused" if stale else "no Ray runs on this machine"
+    expected = (
+        f"there is no Ray cluster at {address}: Connection refused" if stale else "no cluster answers on this machine"
+    )
     assert expected in findings["cluster"]["found"]
     assert not list(tmp_path.glob("**/gcs_server*"))
 
