@@ -48,7 +48,8 @@ class Scene:
             monitor.get(call)
 
     def url(self):
-        return ray.get(hub.find().address.remote())
+        found = hub.find()  # kept: an ActorMethod of Ray 2.47 does not keep its handle
+        return ray.get(found.address.remote())
 
     def close(self):
         for monitor in self.monitors:
