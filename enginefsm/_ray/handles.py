@@ -96,3 +96,9 @@ def signature(method: ActorMethod) -> inspect.Signature | None:
 
 
 _signatures: dict[int, tuple[list[inspect.Parameter], inspect.Signature]] = {}
+
+
+def max_task_retries(handle: ActorHandle[Any]) -> int:
+    """Return how often Ray itself repeats a method of the actor that was cut off. -1 means without a bound."""
+    retries = [handle._ray_max_task_retries, *handle._ray_method_max_task_retries.values()]
+    return -1 if -1 in retries else max(each or 0 for each in retries)

@@ -12,10 +12,8 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle, ActorMethod
 
+from enginefsm._ray.versions import TESTED
 from enginefsm.errors import UnsupportedRayError
-
-TESTED = ("2.47.1", "2.48.0", "2.55.1", "2.57.1", "2.60.0")
-"""The releases of Ray that the tests were run with, oldest first."""
 
 # What enginefsm reads of Ray's modules, handles and methods. Each of `TESTED` has all of these names. A name that only
 # some of them have is not here: the module that reads it deals with its absence and names the release.
@@ -29,13 +27,14 @@ _OF_MODULES = {
     ),
     "ray.core.generated.common_pb2": ("ActorDiedErrorContext.Reason.Name",),
     "ray._raylet": (
-        "ObjectRef.task_id", "TaskID.actor_id", "Config.grpc_client_keepalive_time_ms",
+        "GcsClient", "ObjectRef.task_id", "TaskID.actor_id", "Config.grpc_client_keepalive_time_ms",
         "Config.grpc_client_keepalive_timeout_ms",
     ),
 }  # fmt: skip
 _OF_HANDLES = (
     "_ray_actor_id.hex", "_ray_actor_id.job_id", "_ray_actor_creation_function_descriptor.class_name",
-    "_ray_is_cross_language", "__ray_call__.remote", "__ray_ready__.remote",
+    "_ray_is_cross_language", "_ray_max_task_retries", "_ray_method_max_task_retries", "__ray_call__.remote",
+    "__ray_ready__.remote",
 )  # fmt: skip
 _OF_METHODS = ("_num_returns", "_is_generator", "_decorator", "_signature", "_method_name")
 

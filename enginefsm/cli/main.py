@@ -10,6 +10,7 @@ import click
 
 from enginefsm.cli.commands.dashboards import dashboards
 from enginefsm.cli.commands.demo import demo
+from enginefsm.cli.commands.doctor import doctor
 from enginefsm.cli.commands.report import report
 from enginefsm.cli.commands.status import status
 from enginefsm.cli.commands.watch import watch
@@ -19,7 +20,7 @@ PROGRAM = "enginefsm"
 
 
 @click.group(
-    commands=[demo, status, watch, report, dashboards],
+    commands=[demo, status, watch, doctor, report, dashboards],
     no_args_is_help=False,
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100},
 )

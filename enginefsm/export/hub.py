@@ -21,6 +21,7 @@ import http.server
 import json
 import logging
 import os
+import platform
 import socket
 import threading
 import time
@@ -38,7 +39,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from enginefsm._engine.launch_stages import EVERY_S
-from enginefsm._ray import control_plane, this_process
+from enginefsm._ray import control_plane, handles, keepalive, this_process
 from enginefsm._ray import ends as _ends
 from enginefsm.export._files import write_atomically
 from enginefsm.export.fleet import PROTOCOL, Answer, FleetTable, Report, counts, row
@@ -205,7 +206,10 @@ def _report(fleet: Fleet, batch: Batch, host: str, moved_on: Iterable[str] | Non
         "manager": batch.manager,
         "seq": batch.seq,
         "full": moved_on is None,
-        "rows": [row(engine.snapshot()) for engine in engines],
+        "rows": [
+            {**row(engine.snapshot()), "max_task_retries": handles.max_task_retries(engine.handle)}
+            for engine in engines
+        ],
         "gone": gone,
         "counts": counts(fleet.metrics.collect_counts()),
         "held": {why.value: held for why, held in fleet.metrics.verdicts_held().items()},
@@ -218,6 +222,8 @@ def _report(fleet: Fleet, batch: Batch, host: str, moved_on: Iterable[str] | Non
         "pid": os.getpid(),
         "version": ours,
         "ray_version": rays,
+        "python": platform.python_version(),
+        "silent_link_s": sum(keepalive.in_effect_ms()) / 1000,
     }
 
 
@@ -297,6 +303,7 @@ class HubActor:
             "pid": os.getpid(),
             "node_ip": self._ip,
             "linger_s": self._settings.linger_s,
+            "file_sd": "" if self._file_sd is None else str(self._file_sd),
             "enginefsm": version("enginefsm"),
         }
 

@@ -7,6 +7,7 @@ import json
 import re
 import stat
 import subprocess
+import sys
 import time
 from html import unescape
 
@@ -405,6 +406,15 @@ def test_the_trace_is_in_the_format_that_perfetto_and_chrome_open(report):
             assert start + length <= following
     instants = [e["name"] for e in events if e["ph"] == "i" and threads[e["pid"], e["tid"]] == "e-1"]
     assert instants == ["init: actor_unavailable", "re-await 1: actor_unavailable", "re-await 2: succeeded"]
+
+
+def test_without_jinja2_a_page_is_refused_and_a_trace_is_made(tmp_path, capsys, monkeypatch):
+    (tmp_path / "log").write_text(Log().smooth("e").text())
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    for kind, code in (("html", ends.USAGE), ("perfetto", ends.OK)):
+        assert main(["report", str(tmp_path / "log"), "--format", kind, "-o", str(tmp_path / kind)]) == code
+    assert "pip install 'enginefsm[report]'" in capsys.readouterr().err
+    assert not (tmp_path / "html").exists()
 
 
 @pytest.mark.parametrize("length_s", [0.001, 0.3, 1, 7, 18.3, 59, 181, 899, 3600, 12_000, 86_400, 1e6, 1e8])

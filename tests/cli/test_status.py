@@ -17,75 +17,20 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
-import ray
-from ray.exceptions import ActorDiedError
 from support.clusters import WORKERS_PATH
-from support.engines import Engine, wait_until
+from support.hub_scene import Scene
 from support.servers import serving
 
 import enginefsm
-from enginefsm import EngineMonitor
 from enginefsm.cli import ends
 from enginefsm.cli.main import main
 from enginefsm.cli.status import HubReader, NothingToSeeError
 from enginefsm.cli.status.words import changes, lines
 from enginefsm.cli.times import duration
-from enginefsm.export import Hub, HubSettings, hub
 
 COMMAND = [sys.executable, "-m", "enginefsm.cli"]
 TIMEOUT_S = 90
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-
-
-class Scene:
-    """Monitors that export to the cluster's own hub."""
-
-    def __init__(self, tmp_path):
-        self.tmp_path = tmp_path
-        self.file_sd = tmp_path / "hub.json"
-        self.monitors = []
-        self.directories = {}
-
-    @property
-    def address(self):
-        return ray.get_runtime_context().gcs_address
-
-    def monitor(self, run):
-        self.monitors.append(EngineMonitor(run=run, export=[Hub(HubSettings(file_sd=str(self.file_sd)))]))
-        return self.monitors[-1]
-
-    def launch(self, monitor, name, **labels):
-        directory = self.tmp_path / f"{len(list(self.tmp_path.iterdir()))}"
-        directory.mkdir()
-        self.directories[name] = directory
-        (directory / "gate").touch()
-        engine = monitor.adopt(ray.remote(num_cpus=0)(Engine).remote(str(directory)), name=name, **labels)
-        monitor.get(engine.init.remote())
-        return engine
-
-    def kill(self, monitor, engine):
-        call = engine.hold.remote()
-        wait_until((self.directories[engine.fsm.name] / "held").exists, what="the call")
-        ray.kill(engine.handle)
-        with pytest.raises(ActorDiedError):
-            monitor.get(call)
-
-    def url(self):
-        return ray.get(hub.find().address.remote())
-
-    def close(self):
-        for monitor in self.monitors:
-            for engine in monitor.engines():
-                ray.kill(engine.handle)
-            monitor.close()
-        if hub.find() is not None:
-            self.kill_hub()
-
-    def kill_hub(self):
-        killed = hub.find()
-        pid = ray.get(killed.fleet.remote())["hub"]["pid"]
-        ray.kill(killed)  # a heartbeat may have another one started at once
-        wait_until(lambda: hub.find() != killed and not Path(f"/proc/{pid}").exists(), what="the hub's end")
 
 
 @pytest.fixture

@@ -334,7 +334,7 @@ def test_the_json_says_what_is_known_of_each_engine(table, manager, clock):
         "labels": {"model": "tiny", "worker_type": "regular", "node": "n1", "rank": "3"},
         "state": "unavailable", "reason": "actor_unavailable", "since_s": since_s, "in_state_s": pytest.approx(12.5),
         "incarnation": 1, "actor_id": managed(one.engines["a"]).actor_id, "ever_ready": True, "manager": "manager-0",
-        "stage": None, "past": [],
+        "stage": None, "max_task_retries": None, "past": [],
     }  # fmt: skip
     assert list(spent) == ["launching", "ready"]
     assert min(spent.values()) >= 0

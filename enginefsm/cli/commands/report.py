@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -30,6 +31,8 @@ def report(events: tuple[Path, ...], kind: str, output: str | None) -> None:
 
     ENGINEFSM_EXPORT=jsonl:PATH makes a job write an event log.
     """
+    if kind == "html" and importlib.util.find_spec("jinja2") is None:
+        raise RefusedError("a page needs jinja2: pip install 'enginefsm[report]', or take --format perfetto")
     from enginefsm.cli import report
 
     output = output or ("report.html" if kind == "html" else "trace.json")
