@@ -235,6 +235,7 @@ def no_ray(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("stale", [False, True])
 def test_without_a_cluster_it_says_where_it_looked_and_starts_none(tmp_path, stale):
     environ = no_ray(tmp_path)
@@ -254,6 +255,7 @@ def test_without_a_cluster_it_says_where_it_looked_and_starts_none(tmp_path, sta
     assert not list(tmp_path.glob("**/gcs_server*"))
 
 
+@pytest.mark.ray
 def test_an_address_that_never_answers_ends_the_look():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"

@@ -137,6 +137,7 @@ def test_a_cluster_without_a_hub_is_said_to_be_so(scene):
         assert re.fullmatch(rf"enginefsm {command}: the Ray cluster at .* has no hub of enginefsm: .*\n", ran.stderr)
 
 
+@pytest.mark.ray
 def test_no_cluster_on_this_machine_is_said_to_be_so_and_none_is_started(tmp_path):
     # Ray looks in its temporary directory, and for processes of the machine, of which it is to see none here.
     (tmp_path / "sitecustomize.py").write_text(
@@ -163,6 +164,7 @@ def silent():
         yield f"127.0.0.1:{server.getsockname()[1]}"
 
 
+@pytest.mark.ray
 def test_an_address_that_nobody_listens_at_is_said_at_once():
     with socket.create_server(("127.0.0.1", 0)) as gone:
         address = f"127.0.0.1:{gone.getsockname()[1]}"
