@@ -179,7 +179,9 @@ BRINGUP = {
     ("Re-awaits", "A"): [
         ({"method": "init", "result": "answered"}, 1), ({"method": "init", "result": "unavailable"}, 1),
     ],
-    ("Given up so far", "A"): [({"reason": "retry_exhausted"}, 1), ({"reason": "launch_deadline"}, 0)],
+    ("Given up so far", "A"): [
+        ({"reason": "retry_exhausted"}, 1), ({"reason": "launch_deadline"}, 0), ({"reason": "health_checks_failed"}, 0),
+    ],
     ("Probes", "A"): [({"result": "actor_unavailable"}, lambda s: 0.25 < s <= 0.5)],
     ("Health checks", "A"): [
         ({"actor": "answered", "server": "serves"}, 5), ({"actor": "silent", "server": "serves"}, 3),
