@@ -152,6 +152,6 @@ def test_json_and_text_say_the_same():
 def test_a_table_names_advice_in_a_column_of_its_own_where_there_is_room():
     finding = Finding("hub", Verdict.ATTENTION, "gone", "It is gone.", "Start it.")
     assert [column.header for column in showing.table([finding], 80).columns] == [
-        "", "check", "found", "what it means, and what to do",
+        "", "check", "found", "meaning, and what to do",
     ]  # fmt: skip
     assert [column.header for column in showing.table([finding], 160).columns][-1] == "what to do"

@@ -52,7 +52,7 @@ def table(findings: Sequence[Finding], width: int) -> Table:
     made.add_column("", no_wrap=True)
     made.add_column("check", no_wrap=True)
     made.add_column("found", ratio=3, overflow="fold")
-    made.add_column("what it means" if is_wide else "what it means, and what to do", ratio=3 if is_wide else 4)
+    made.add_column("what it means" if is_wide else "meaning, and what to do", ratio=3 if is_wide else 4)
     if is_wide:
         made.add_column("what to do", ratio=3, overflow="fold")
     for finding in findings:
