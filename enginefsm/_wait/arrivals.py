@@ -9,14 +9,7 @@ from typing import Any, Protocol
 
 from ray import ObjectRef
 
-
-class Raised:
-    """An exception that a reference holds, told apart from a value that is an exception."""
-
-    __slots__ = ("exception",)
-
-    def __init__(self, exception: Exception) -> None:
-        self.exception = exception
+from enginefsm._wait.wait import Raised
 
 
 class Taker(Protocol):

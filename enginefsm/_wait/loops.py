@@ -21,7 +21,7 @@ from enginefsm._calls.calls import Awaited
 from enginefsm._wait.arrivals import forget, tell
 from enginefsm._wait.lane import Lane
 from enginefsm._wait.threads import complete, together_s
-from enginefsm._wait.wait import Wait
+from enginefsm._wait.wait import Raise, Sleep, Step, Submit, Wait, submit
 
 TURN_S = 0.003
 """How much of one turn of a loop all waits on it use together."""
@@ -133,65 +133,68 @@ class _Inbox:
 
 
 async def wait_on_loop(
-    wait: Wait, awaited: Iterable[Awaited], timeout_s: float | None, deliver: Callable[[], None], lane: Lane
+    wait: Wait,
+    awaited: Iterable[Awaited],
+    deliver: Callable[[], None],
+    ask_stages: Callable[[], None],
+    lane: Lane,
 ) -> dict[Awaited, Any]:
-    """Wait for all of `awaited`, and give their values.
+    """Wait for all of `awaited`, and return their values.
 
-    Calls `deliver`, which is to take no time, whenever engines may have moved and the wait goes on; what takes time is
-    done in `lane`.
+    Call `deliver`, which must not block, before each sleep. Work that may block is done in `lane`.
     """
     inbox, turn = _Inbox(), pace()
-    wait.expect = lambda ref: tell(inbox, ref)
-    give_up_at = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+    fresh: collections.deque[ObjectRef[Any]] = collections.deque()
+    wait.expect = fresh.append
     try:
         for one in awaited:
             await turn()
             wait.take_up(one)
-            one.engine.when_given_up(inbox.wake)
-        while wait.open:
-            failure = wait.session_ended() or wait.given_up()
-            if failure is None:
-                if wait.resubmission_due():
-                    await lane.run(wait.resubmit_due)
-                await inbox.sleep(min(wait.wake_at(), give_up_at, time.monotonic() + LOOK_S))
-                failure = await _take_all(wait, inbox, turn)
-            is_over = time.monotonic() >= give_up_at
-            if failure is None and wait.open and (is_over or wait.is_late()):  # Ray's threads may not have come yet
-                failure = await _take(wait, await lane.run(functools.partial(complete, wait)), turn)
-            if failure is None and wait.is_late():
-                failure = await lane.run(wait.launch_deadline)
-            if failure is None and wait.open:
-                deliver()
-            if failure is None and wait.open and is_over:
-                assert timeout_s is not None
-                failure = await lane.run(functools.partial(wait.timed_out, timeout_s))
-            if failure is not None:
-                try:
-                    raise failure
-                finally:
-                    failure = None  # else the exception, by its traceback, keeps all of this alive
-        return wait.values
+        for engine in wait.engines:
+            engine.when_given_up(inbox.wake)
+        while True:
+            while fresh:
+                await turn()
+                tell(inbox, fresh.popleft())
+            now = time.monotonic()
+            match wait.next(now):
+                case Sleep(until) if not fresh:
+                    deliver()
+                    await inbox.sleep(min(until, now + LOOK_S))
+                    await _take_all(wait, inbox, turn)
+                case Submit(calls):
+                    wait.submitted(await lane.run(functools.partial(submit, calls, now)) or {})
+                case Step.LOOK_AT_ALL:  # Ray's threads may not have come yet
+                    await _take(wait, await lane.run(functools.partial(complete, list(wait.watched))) or [], turn)
+                    wait.looked_at_all(now)
+                case Step.ASK_STAGES:
+                    await lane.run(ask_stages)
+                    wait.asked_stages(now)
+                case Raise(failure):
+                    try:
+                        raise failure
+                    finally:
+                        del failure  # else the exception, by its traceback, keeps all of this alive
+                case Step.DONE:
+                    return wait.values
     finally:
         wait.leave()
         for engine in wait.engines:
             engine.forget_waker(inbox.wake)
-        for ref in list(wait.watched):  # the lane may be submitting again still
+        for ref in wait.watched:
             forget(inbox, ref)
 
 
-async def _take_all(wait: Wait, inbox: _Inbox, turn: Pace) -> Exception | None:
-    if len(wait.watched) > TOGETHER_FROM:  # what comes in soon after one another is looked at together
+async def _take_all(wait: Wait, inbox: _Inbox, turn: Pace) -> None:
+    if len(wait.watched) > TOGETHER_FROM:  # outcomes that come in quick succession are looked at together
         await asyncio.sleep(together_s(len(wait.watched)))
     for ref in inbox.again():
         await turn()
         tell(inbox, ref)
-    return await _take(wait, inbox.outcomes(), turn)
+    await _take(wait, inbox.outcomes(), turn)
 
 
-async def _take(wait: Wait, outcomes: list[tuple[ObjectRef[Any], Any]] | None, turn: Pace) -> Exception | None:
-    failure: Exception | None = None
-    for ref, outcome in outcomes or ():
+async def _take(wait: Wait, outcomes: Iterable[tuple[ObjectRef[Any], Any]], turn: Pace) -> None:
+    for ref, outcome in outcomes:
         await turn()
-        found = wait.take(ref, outcome)
-        failure = found if failure is None else failure
-    return failure
+        wait.take(ref, outcome, time.monotonic())

@@ -671,7 +671,7 @@ print(json.dumps(answers))
 def test_what_is_sent_to_an_actor_runs_where_there_is_no_enginefsm(tmp_path):
     engine = recording_engine()
     one = Call(engine, "add", Arguments((1,), {"header": 2}), {})
-    one.resubmit_at = 0.0
+    one.rest(0.0)
     one.resubmit(now=0.0)
     one.settle(answered=True)  # from here on the code is not sent
     other = Call(engine, "add", Arguments((3,), {"header": 4}), {})
