@@ -17,6 +17,7 @@ from ray.actor import ActorHandle
 from enginefsm._calls.asyncio_actors import monitored
 from enginefsm._calls.calls import Call, LaunchedIf
 from enginefsm._engine.proxy import Engine, EngineFsm
+from enginefsm._ray.keepalive import runtime_env
 from enginefsm.errors import ActorRestartedError, LaunchDeadlineError, RestartCapError, RetryExhaustedError
 from enginefsm.events import CallOutcome, Event, Listener
 from enginefsm.export import FLUSH_S, Exporter
@@ -70,6 +71,7 @@ __all__ = [
     "may_restart",
     "monitored",
     "release",
+    "runtime_env",
     "serve_metrics",
     "watch",
 ]

@@ -19,6 +19,7 @@ from enginefsm._engine.proxy import Engine, managed
 from enginefsm._engine.registry import EngineRegistry
 from enginefsm._ray import ends as _ends
 from enginefsm._ray import handles as _ray_handles
+from enginefsm._ray import keepalive
 from enginefsm._wait.lane import Lane
 from enginefsm._wait.loops import pace, wait_on_loop
 from enginefsm._wait.threads import wait_blocking
@@ -126,6 +127,8 @@ class EngineMonitor:
         engine = self._registry.adopt(handle, name, launch, launched_if, texts, self)
         self.metrics.expect_calls(engine.fsm.labels, launch)
         self._delivery.deliver_here_or_aside()
+        if not keepalive.finds_silent_links():
+            self.stages.look(0)  # its answer tells which nodes engines are on
         return engine
 
     def release(self, engine: Engine) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# As enginefsm.runtime_env() sets them. Ray reads them when it is imported.
+os.environ.update(RAY_grpc_client_keepalive_time_ms="10000", RAY_grpc_client_keepalive_timeout_ms="10000")
+
 import contextlib
 import signal
 import threading
@@ -12,6 +17,7 @@ import pytest
 import ray
 from support.clusters import local_ray
 from support.engines import Engine, held_within, wait_until
+from support.ways import GET
 
 import enginefsm
 from enginefsm.rehearsal import chaos
@@ -28,9 +34,13 @@ RAY_TELLS_WITHIN_S = 5.0  # of a connection that broke: a second, and a busy mac
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Each of these fixtures starts Ray or real servers. A test that starts them itself has the mark written at it.
+FIXTURES_OF_RAY = {"clusters", "real", "router", "start", "two_nodes"}
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "clusters" in item.fixturenames:
+        if FIXTURES_OF_RAY.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.ray)
 
 
@@ -213,6 +223,14 @@ def make_fleet(tmp_path, policy):
 
 
 @pytest.fixture
-def fleet(cluster, make_fleet):
+def way(request):
+    """How the fleet waits for its engines; `support.ways.also` gives others."""
+    return getattr(request, "param", GET)
+
+
+@pytest.fixture
+def fleet(cluster, make_fleet, way):
     """Engines on Ray as it comes."""
-    return make_fleet()
+    fleet = make_fleet()
+    with way.used_by(fleet):
+        yield fleet

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable
 from enginefsm._engine.managed import ManagedEngine
 from enginefsm._ray import ends as _ends
 from enginefsm._ray import handles as _ray_handles
+from enginefsm._ray import keepalive
+from enginefsm._ray.handles import Creation
 from enginefsm.fsm.states import EngineState, LaunchStage
 
 EVERY_S = 5.0
@@ -55,18 +57,19 @@ class LaunchStages:
     def _ask(self, launching: list[ManagedEngine]) -> None:
         with _ends.calling_ray():
             creations = _ray_handles.creations([engine.handle for engine in launching], ANSWER_S)
-        self._answered = creations is not None
-        for engine in launching:
-            creation = None if creations is None else creations.get(engine.actor_id)
-            engine.reached(None if creation is None else _stage(engine, *creation))
+            self._answered = creations is not None
+            found = {engine: (creations or {}).get(engine.actor_id) for engine in launching}
+            keepalive.warn_of_silent_links(creation.node_id for creation in found.values() if creation is not None)
+        for engine, creation in found.items():
+            engine.reached(None if creation is None else _stage(engine, creation))
 
 
-def _stage(engine: ManagedEngine, state: str, has_worker: bool) -> LaunchStage | None:
-    match state:
+def _stage(engine: ManagedEngine, creation: Creation) -> LaunchStage | None:
+    match creation.state:
         case "DEPENDENCIES_UNREADY":
             return LaunchStage.WAITING_FOR_ARGUMENTS
         case "PENDING_CREATION":
-            return LaunchStage.CONSTRUCTING if has_worker else LaunchStage.WAITING_FOR_RESOURCES
+            return LaunchStage.CONSTRUCTING if creation.has_worker else LaunchStage.WAITING_FOR_RESOURCES
         case "ALIVE":
             return LaunchStage.INIT_RUNNING if engine.launch_is_out else LaunchStage.CONSTRUCTED
     return None

@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import tempfile
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray import ObjectRef
@@ -39,11 +39,21 @@ def ended_jobs() -> dict[str, float]:
     return {job["JobID"]: job["EndTime"] / 1000 for job in ray._private.state.jobs() if job["IsDead"]}
 
 
-def creations(handles: Iterable[ActorHandle[Any]], timeout_s: float) -> dict[str, tuple[str, bool]] | None:
-    """How far the creation of actors is, as the GCS says: by actor id, in hex, its state and whether it has a worker.
+class Creation(NamedTuple):
+    """How far the creation of an actor is."""
 
-    Gives the actors of the same jobs that are not dead. None when the GCS has not answered within `timeout_s` seconds,
-    or Ray has no way to ask it. To be called on a thread without an event loop.
+    state: str
+    """As in Ray's `ActorTableData`: `DEPENDENCIES_UNREADY`, `PENDING_CREATION`, `ALIVE`."""
+    has_worker: bool
+    node_id: str | None
+    """The id of its node, in hex; None while it has none."""
+
+
+def creations(handles: Iterable[ActorHandle[Any]], timeout_s: float) -> dict[str, Creation] | None:
+    """Return how far the creation of actors is, by actor id (hex), for the living actors of the jobs of `handles`.
+
+    Returns None if the GCS has not answered within `timeout_s` seconds, or if Ray has no way to ask it. Call it on a
+    thread without an event loop.
     """
     client = getattr(ray._private.worker.global_worker, "gcs_client", None)  # none before ray.init, and after shutdown
     # Of Ray's ways to the GCS this is the one that keeps a timeout: ray._private.state waits for ever.
@@ -67,7 +77,9 @@ def creations(handles: Iterable[ActorHandle[Any]], timeout_s: float) -> dict[str
     finally:
         loop.close()
     return {
-        actor.hex(): (ActorTableData.ActorState.Name(about.state), bool(about.pid))
+        actor.hex(): Creation(
+            ActorTableData.ActorState.Name(about.state), bool(about.pid), about.node_id.hex() if about.node_id else None
+        )
         for answer in answers
         for actor, about in answer.items()
     }

@@ -13,6 +13,7 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayTaskError
 from support.engines import Doomed, kill, wait_until
+from support.ways import GATHER, GATHER_FROM_ASYNC, also
 
 import enginefsm
 from enginefsm import EngineState, LaunchDeadlineError, Outcome, Reason, RetryExhaustedError, RetryPolicy
@@ -27,6 +28,7 @@ def killed(rig):
     os.kill(rig.pid, signal.SIGKILL)
 
 
+@also(GATHER_FROM_ASYNC)
 def test_a_killed_engine_fails_the_bringup_by_name_while_others_still_launch(fleet):
     rigs = [fleet.launch() for _ in range(3)]
     launch = fleet.in_background([rig.engine.init.remote() for rig in rigs])
@@ -63,6 +65,7 @@ def test_a_killed_engine_that_ray_first_calls_unavailable_is_dead_one_probe_late
     ]
 
 
+@also(GATHER_FROM_ASYNC)
 def test_an_engine_that_dies_while_it_is_re_awaited_is_dead(fleet):
     rig = fleet.launch()
     launch = fleet.in_background(rig.engine.init.remote())
@@ -74,6 +77,7 @@ def test_an_engine_that_dies_while_it_is_re_awaited_is_dead(fleet):
     assert fleet.steps(rig.engine)[-1] == (UNAVAILABLE, DEAD, Reason.ACTOR_DIED)
 
 
+@also(GATHER_FROM_ASYNC)
 def test_an_error_of_init_is_raised_on_the_first_attempt(fleet):
     rig = fleet.launch()
     rig.open()
@@ -112,6 +116,7 @@ def test_a_runtime_environment_that_cannot_be_made_is_named_as_such(cluster, tmp
     assert (engine.fsm.state, engine.fsm.reason) == (DEAD, Reason.RUNTIME_ENV_FAILED)
 
 
+@also(GATHER_FROM_ASYNC)
 def test_the_death_of_a_peer_inside_a_method_is_not_the_engine_s(fleet):
     peer, rig = fleet.launch(), fleet.launch()
     rig.open()
@@ -136,6 +141,7 @@ def test_a_restarted_actor_is_a_dead_engine_and_its_init_is_not_run_again(fleet)
     assert rig.times_init_began() == 1
 
 
+@also(GATHER_FROM_ASYNC)
 def test_an_actor_restarted_while_init_runs_does_not_run_it_again(fleet):
     rig = fleet.launch(max_restarts=1)
     launch = fleet.in_background(rig.engine.init.remote())
@@ -179,6 +185,7 @@ def test_an_engine_that_stays_cut_off_is_given_up_and_ray_s_last_error_is_kept(f
 
 
 @pytest.mark.parametrize("policy", [RetryPolicy(launch_deadline_s=5)])
+@also(GATHER)
 def test_a_frozen_engine_runs_into_the_launch_deadline_which_names_all_that_still_launch(fleet, policy):
     rigs = fleet.launch_begun(*[fleet.engine_class] * 3)
     rigs[0].open()
@@ -316,6 +323,7 @@ def test_launches_that_ended_in_time_are_in_time_though_they_are_heard_of_late(f
 
 
 @pytest.mark.parametrize("policy", [RetryPolicy(max_attempts=0)])
+@also(GATHER)
 def test_whoever_waits_for_an_engine_that_another_thread_gave_up_is_told(fleet, policy):
     rig = fleet.launch(max_concurrency=2)
     ref = rig.engine.handle.init.remote()  # stays out: nobody awaits it here

@@ -13,6 +13,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError
 from support.engines import Grouped, WithoutEnginefsm, wait_until
 from support.stopwatch import Stopwatch
+from support.ways import GATHER, GATHER_FROM_ASYNC, GET_FROM_ASYNC, also
 
 from enginefsm import EngineState, Outcome, Reason, RetryPolicy
 from enginefsm.rehearsal import chaos
@@ -61,6 +62,7 @@ def test_a_cut_before_init_runs_costs_nothing(fleet):
     del holding
 
 
+@also(GATHER, GATHER_FROM_ASYNC, GET_FROM_ASYNC)
 def test_a_cut_while_init_runs_costs_nothing(fleet):
     rig = fleet.launch()
     launch = fleet.in_background(rig.engine.init.remote())
@@ -73,6 +75,7 @@ def test_a_cut_while_init_runs_costs_nothing(fleet):
     assert rig.times_init_began() == 1
 
 
+@also(GATHER_FROM_ASYNC)
 def test_init_that_ends_while_its_reply_is_lost_gives_what_it_gave(fleet):
     for _ in range(5):
         rig = fleet.launch()
@@ -89,6 +92,7 @@ def test_init_that_ends_while_its_reply_is_lost_gives_what_it_gave(fleet):
     pytest.fail("Ray, which takes a second to tell of a break, told of each before init had ended")
 
 
+@also(GATHER_FROM_ASYNC)
 def test_init_that_raises_while_its_reply_is_lost_raises_the_original_once(fleet):
     rig = fleet.launch()
     launch = fleet.in_background(rig.engine.init.remote("CUDA out of memory"))
@@ -115,6 +119,7 @@ def test_a_cut_after_init_is_borne_by_the_next_call(fleet):
     assert fleet.steps(rig.engine)[2:] == [(READY, UNAVAILABLE, Reason.ACTOR_UNAVAILABLE), BACK]
 
 
+@also(GATHER_FROM_ASYNC)
 def test_two_cuts_in_one_launch_cost_nothing(fleet):
     rig = fleet.launch()
     launch = fleet.in_background(rig.engine.init.remote())
@@ -294,6 +299,7 @@ def test_a_frozen_engine_that_thaws_answers_as_if_nothing_had_been(fleet):
     assert fleet.steps(rig.engine) == [LAUNCHED, (LAUNCHING, READY, Reason.INIT_SUCCEEDED)]
 
 
+@also(GATHER_FROM_ASYNC)
 def test_outcomes_that_arrived_are_forgotten_by_the_actor(fleet):
     rig = fleet.launch()
     rig.open()
@@ -302,6 +308,7 @@ def test_outcomes_that_arrived_are_forgotten_by_the_actor(fleet):
     assert fleet.monitor.get(rig.engine.remembered.remote()) == 0
 
 
+@also(GATHER_FROM_ASYNC)
 def test_a_plain_launch_reference_is_asked_after_by_the_probe(fleet):
     rig = fleet.launch(adopt={"launched_if": "launched"})
     ref = rig.engine.handle.init.remote()
@@ -394,6 +401,7 @@ def test_an_old_answer_does_not_bring_an_engine_back(fleet):
     held.result(60)
 
 
+@also(GATHER_FROM_ASYNC)
 def test_an_argument_that_failed_leaves_the_engine_as_it_was(fleet):
     rig = fleet.launch()
     rig.open()

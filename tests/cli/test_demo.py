@@ -243,6 +243,7 @@ def test_a_sigterm_is_an_interrupt_too(start: Callable[..., Demo]) -> None:
     assert not demo.left()
 
 
+@pytest.mark.ray
 def test_a_terminal_gets_a_table() -> None:
     ours, terminal = pty.openpty()
     demo = subprocess.Popen(

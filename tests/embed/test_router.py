@@ -108,6 +108,7 @@ def test_a_router_that_answers_otherwise_is_an_error_within_the_time(listing, co
     assert deleted == asked
 
 
+@pytest.mark.ray
 def test_the_router_does_not_outlive_whoever_started_it(tmp_path):
     child = os.fork()
     if child == 0:

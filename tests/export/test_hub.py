@@ -146,8 +146,9 @@ def test_exhaustion_is_on_the_hub_before_the_exception_leaves_and_after_its_mana
         return EngineMonitor(run="glm", policy=RetryPolicy(launch_deadline_s=4), export=[Hub(settings, namespace)])
 
     settings, namespace = place.settings, place.name
+    manager = Manager.remote()
     with pytest.raises(ActorDiedError):
-        ray.get(Manager.remote().bring_up.remote())
+        ray.get(manager.bring_up.remote())
     text = place.get()
     who = {"run": "glm", "engine": "engine-0", "reason": "launch_deadline"}
     assert value(text, "enginefsm_retry_exhausted_timestamp_seconds", **who) == pytest.approx(time.time(), abs=60)
@@ -590,6 +591,7 @@ def ending(tmp_path_factory):
         process.wait()
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("name", ENDS)
 def test_neither_ray_s_shutdown_nor_the_process_s_end_is_harmed_by_a_hub_that_starts_or_hangs(name, ending):
     # Ray ends the process of a thread that calls it while it is shut down, with another exit code.

@@ -9,6 +9,8 @@ from unittest import mock
 
 import ray
 
+from enginefsm._ray import keepalive
+
 _TESTS = Path(__file__).parents[1]
 WORKERS_PATH = os.pathsep.join(str(path) for path in (_TESTS, *sorted(_TESTS.iterdir())) if path.is_dir())
 """The PYTHONPATH of workers, which import the tests' actor classes by the names that pytest gives the test files."""
@@ -38,6 +40,7 @@ def local_ray(**settings):
         # Ray on Linux takes 127.0.0.1 for the host's own address; with this, and the patch below, it stays on loopback.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "PYTHONPATH": WORKERS_PATH,
+        **keepalive.VARIABLES,
         **settings,
     }
     before = {name: os.environ.get(name) for name in environment}

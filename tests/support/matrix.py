@@ -27,7 +27,8 @@ HOME = Path(os.environ["MATRIX"])
 UV = HOME / "uv" / "bin" / "uv"
 
 CHECKERS = HOME / "checkers" / "bin"
-TYPED_USER = ROOT / "tests" / "support" / "typed_user.py"
+SOURCE = HOME / "source"
+TYPED_USER = SOURCE / "tests" / "support" / "typed_user.py"
 
 CI_ROWS = [
     "2.47.1",
@@ -132,6 +133,15 @@ def build_wheel() -> Path:
     return wheel
 
 
+def copy_source() -> None:
+    """Copy what the tests need, but not enginefsm: they import the installed one."""
+    shutil.rmtree(SOURCE, ignore_errors=True)
+    for name in ("tests", "dashboards", "docs"):
+        shutil.copytree(ROOT / name, SOURCE / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, SOURCE)
+
+
 def install_type_checkers() -> None:
     """Install mypy and pyright in an environment of their own; they read each row's."""
     if not (CHECKERS / "pyright").exists():
@@ -163,7 +173,7 @@ class Run:
             pins = row.directory / "pins.txt"
             pins.write_text(f"ray=={row.ray}\n")
             self.uv_pip("lowest versions", "--resolution", "lowest-direct", "--constraints", pins, "--requirements",
-                        ROOT / "pyproject.toml", "--extra", "demo")  # fmt: skip
+                        SOURCE / "pyproject.toml", "--extra", "demo")  # fmt: skip
         else:
             self.uv_pip("Ray", "ray<3" if row.ray == "newest" else f"ray=={row.ray}")
         before = self.ray_version()
@@ -179,12 +189,7 @@ class Run:
             return
         self.uv_pip("test requirements", f"enginefsm[test] @ {self.wheel.as_uri()}")
         self.assert_ray_is(before)
-        # The copy holds no enginefsm: the tests import the installed one.
-        source = row.directory / "source"
-        for name in ("tests", "dashboards", "docs"):
-            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("pyproject.toml", "README.md"):
-            shutil.copy(ROOT / name, source)
+        source = shutil.copytree(SOURCE, row.directory / "source")
         self.python("tests", "-m", "pytest", "-q", *find_tests(source), cwd=source)
         self.python("bringups with cuts", "tests/benchmarks/bringups.py", "--bringups", "4", cwd=source)
 
@@ -278,6 +283,7 @@ def main() -> int:
     rows = chosen.rows or [Row.parse(text) for text in CI_ROWS]
     started = time.monotonic()
     wheel = build_wheel()
+    copy_source()
     install_type_checkers()
     for row in rows:
         row.interpreter = find_interpreter(row.python)

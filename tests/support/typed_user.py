@@ -30,5 +30,5 @@ def bring_up() -> list[Any]:
 
 
 async def bring_up_on_an_event_loop(calls: list[enginefsm.Call]) -> None:
-    await enginefsm.gather(calls, timeout=600)
+    await enginefsm.gather(*calls, timeout=600)
     await calls[0]

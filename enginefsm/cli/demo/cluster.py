@@ -14,6 +14,8 @@ import ray
 from ray._private import ray_constants
 from ray._private import worker as ray_worker
 
+from enginefsm._ray import keepalive
+
 _END_TIMEOUT_S = 10.0
 
 
@@ -29,6 +31,7 @@ def local_ray() -> Iterator[None]:
         # Ray on Linux turns 127.0.0.1 into the host's address and listens on all of them. This switch of its own keeps
         # it on loopback: the variable for the processes that it starts, the constant for this one, which has read it.
         RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
+        **keepalive.VARIABLES,
     )
     ray_constants.ENABLE_RAY_CLUSTER = False
     # With log_to_driver=False Ray still prints a paragraph for each worker that dies, which get() says as well.
