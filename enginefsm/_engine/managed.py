@@ -25,12 +25,12 @@ from enginefsm.policy import RetryPolicy
 
 PLAIN_REFS_KEPT = 100  # an engine
 BY_CONSTRUCTOR = "__ray_ready__"
-"""The launch method of an engine that its constructor makes ready: Ray's own, which any actor answers."""
+"""The launch method of an engine that its constructor makes ready. Ray's own, which any actor answers."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EngineSnapshot:
-    """One engine at one moment: what is said here was true together."""
+    """One engine at one moment: everything here was true together."""
 
     engine: str
     labels: Mapping[str, str]
@@ -41,12 +41,12 @@ class EngineSnapshot:
     since_s: float
     """When it entered the state, in seconds since the epoch."""
     spent_s: Mapping[EngineState, float]
-    """Seconds spent in each state that it left, before `since_s`."""
+    """Seconds spent in each earlier state, before `since_s`."""
     ever_ready: bool
     stage: LaunchStage | None
-    """How far its launch is, or was when its deadline passed; None when that is not known."""
+    """How far its launch is, or was when its deadline passed. None if that is not known."""
     past: tuple[Incarnation, ...]
-    """What became of those before it under its name, oldest first."""
+    """What became of the earlier incarnations of its name, oldest first."""
     detail: str = ""
     """What happened when it entered the state, in one line."""
 
@@ -117,7 +117,7 @@ class ManagedEngine:
         # Not the object itself: in a cycle with the handle, it would keep the actor alive until a garbage collection.
         self.proxy: Callable[[], Any] = _nobody
         """Gives the engine that users hold, or None."""
-        self._wakers: set[Callable[[], None]] = set()
+        self._wakers: dict[Callable[[], None], None] = {}  # a set takes three times the memory
         self._plain_refs: dict[str, PlainRef] = {}
         self._record = record
         self._lock = threading.Lock()
@@ -195,12 +195,12 @@ class ManagedEngine:
         return f"Engine({self.name!r}, {self.state.value}, {self.handle!r})"
 
     def time_in_states(self) -> dict[EngineState, float]:
-        """Seconds spent in each state so far."""
+        """Return the seconds spent in each state so far."""
         with self._lock:
             return self._record.time_in_states(time.monotonic())
 
     def snapshot(self) -> EngineSnapshot:
-        """The engine as it is now."""
+        """Return the engine as it is now."""
         with self._lock:
             record = self._record
             return EngineSnapshot(
@@ -218,17 +218,17 @@ class ManagedEngine:
         return f"{line}; {self.detail}" if detail and self.detail else line
 
     def history(self) -> list[Incarnation]:
-        """What became of each incarnation of its name, oldest first, up to this one and with it."""
+        """Return what became of each incarnation of the name, oldest first, this one last."""
         with self._lock:
             return [*self.lineage.past, Incarnation.of(self._record, self.actor_id)][-INCARNATIONS_KEPT:]
 
     def lineage_after(self) -> Lineage:
-        """What its successor is to have as `lineage`, now that it has died or was released."""
+        """Return the `lineage` of the successor, after this engine died or was released."""
         with self._lock:
             return self.lineage.ended(self._record, self.actor_id)
 
     def reached(self, stage: LaunchStage | None) -> None:
-        """Take in how far its launch is, if it is launching still."""
+        """Take in how far the launch is, if the engine is still launching."""
         with self._lock:
             if self._record.state == EngineState.LAUNCHING:
                 self.stage = stage
@@ -307,11 +307,11 @@ class ManagedEngine:
 
     def when_given_up(self, wake: Callable[[], None]) -> None:
         """Call `wake` when the monitor gives the engine up."""
-        self._wakers.add(wake)
+        self._wakers[wake] = None
 
     def forget_waker(self, wake: Callable[[], None]) -> None:
         """Do not call `wake` any more."""
-        self._wakers.discard(wake)
+        self._wakers.pop(wake, None)
 
     def plan_resubmission(self, call: Awaited, policy: RetryPolicy, now: float) -> bool:
         """Have a call submitted again that found the engine unavailable. Return False if it is out of bounds."""

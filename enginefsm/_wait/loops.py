@@ -1,7 +1,7 @@
-"""The wait of a task on an event loop, which goes on meanwhile: behind `EngineMonitor.gather` and `await call`.
+"""The driver of a wait on an event loop, which goes on meanwhile: behind `EngineMonitor.gather` and `await call`.
 
-The loop is never made to stand still: outcomes come from Ray's own threads, what may take long is done in lanes, and
-what has to be done on the loop is done in pieces, a few milliseconds of them in one turn of the loop.
+The wait never blocks the loop. Outcomes come from Ray's own threads. Work that may take long is done in a lane. The
+rest is done on the loop in small pieces, and all waits together use a few milliseconds of one turn of the loop.
 """
 
 from __future__ import annotations
@@ -24,23 +24,24 @@ from enginefsm._wait.threads import complete, together_s
 from enginefsm._wait.wait import Raise, Sleep, Step, Submit, Wait, submit
 
 TURN_S = 0.003
-"""How much of one turn of a loop all waits on it use together."""
+"""How much of one turn of a loop all its waits use together."""
 QUEUED_A_TURN = 8
-"""How many of the pieces that had to wait for a turn are done in one."""
+"""How many pieces of work are done in one turn, of those that had to wait for it."""
 TOGETHER_FROM = 100
 LOOK_S = 5.0
-"""How long a wait goes on before it looks whether Ray was shut down, of which nobody is told."""
+"""How long a task sleeps at most. Nothing wakes it if Ray is shut down. Engines that are given up do wake it, so this
+is longer than for a thread: thousands of tasks may sleep on one loop."""
 
 
 class Pace:
-    """Spreads pieces of work over the turns of one event loop."""
+    """Spreads the pieces of work of all waits over the turns of one event loop."""
 
     def __init__(self) -> None:
         self._began: float | None = None  # in this turn, on the monotonic clock
         self._queue: collections.deque[asyncio.Future[None]] = collections.deque()
 
     async def __call__(self) -> None:
-        """Wait, if this turn's time is used up, for another turn."""
+        """Wait for another turn, if the time of this turn is used up."""
         now = time.monotonic()
         loop = asyncio.get_running_loop()
         if self._began is None:
@@ -69,7 +70,7 @@ _paces: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Pace] = weakref.Wea
 
 
 def pace() -> Pace:
-    """That of the running loop."""
+    """Return the pace of the running loop."""
     loop = asyncio.get_running_loop()
     known = _paces.get(loop)
     if known is None:
@@ -78,7 +79,7 @@ def pace() -> Pace:
 
 
 class _Inbox:
-    """What Ray's threads have for one task, and what wakes the task."""
+    """The outcomes that Ray's threads have for one task, and the means to wake the task."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -100,7 +101,7 @@ class _Inbox:
         """Wake the task, from any thread."""
         if not self._is_waking:
             self._is_waking = True
-            with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits any more
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 self._loop.call_soon_threadsafe(self._wake)
 
     def _wake(self) -> None:
@@ -110,7 +111,7 @@ class _Inbox:
             self._sleeper.set_result(None)
 
     async def sleep(self, until: float) -> None:
-        """Until somebody wakes the task, or that time comes (monotonic)."""
+        """Sleep until somebody wakes the task, or until that time (monotonic)."""
         if not self._was_woken:
             self._sleeper = self._loop.create_future()
             pause_s = until - time.monotonic()
@@ -124,11 +125,11 @@ class _Inbox:
         self._was_woken = False
 
     def outcomes(self) -> list[tuple[ObjectRef[Any], Any]]:
-        """What has come since."""
+        """Return the outcomes that have come since the last call."""
         return [self._outcomes.popleft() for _ in range(len(self._outcomes))]
 
     def again(self) -> list[ObjectRef[Any]]:
-        """Which references are to be looked at again."""
+        """Return the references to ask for again."""
         return [self._again.popleft() for _ in range(len(self._again))]
 
 
@@ -181,7 +182,7 @@ async def wait_on_loop(
         wait.leave()
         for engine in wait.engines:
             engine.forget_waker(inbox.wake)
-        for ref in wait.watched:
+        for ref in list(wait.watched):
             forget(inbox, ref)
 
 

@@ -607,7 +607,7 @@ async def test_loops_in_several_threads_run_a_call_once(engine):
     await engine.begun.wait()
     waiting = asyncio.ensure_future(asyncio.to_thread(asyncio.run, elsewhere(1)))
     changed = book_of(engine)["changed"]
-    while not any(entry[-2] for entry in book_of(engine)["callers"]["me"]["calls"].values()):
+    while not any(entry["wakers"] for entry in book_of(engine)["callers"]["me"]["calls"].values()):
         await asyncio.sleep(0.001)
     with changed:
         assert not waiting.done()

@@ -193,7 +193,7 @@ def main():
             ray.get([actor.__ray_ready__.remote() for actor in actors])
         print(f"{len(actors)} engines, Python {sys.version.split()[0]}, Ray {ray.__version__}")
         monitor = enginefsm.EngineMonitor(
-            "stalls", enginefsm.RetryPolicy(cap_s=2), export=[Hub(HubSettings(file_sd="", linger_s=10))]
+            run="stalls", policy=enginefsm.RetryPolicy(cap_s=2), export=[Hub(HubSettings(file_sd="", linger_s=10))]
         )
         with asyncio.Runner(loop_factory=new_loop) as runner:
             longest = runner.run(measure(actors, monitor))

@@ -8,7 +8,9 @@ from concurrent.futures import Future
 
 from ray.exceptions import ActorUnavailableError
 
-from enginefsm._calls.calls import Arguments, Call
+from enginefsm._calls.arguments import Arguments
+from enginefsm._calls.calls import Call
+from enginefsm._engine.proxy import managed
 from support.bare_handles import bare_handle
 
 
@@ -67,7 +69,7 @@ def adopt(monitor, names):
     def act():
         engines = [monitor.adopt(real, name=name, model="m") for real, name in zip(reals, names, strict=True)]
         for engine, handle in zip(engines, handles, strict=True):
-            engine.handle = handle
+            managed(engine).handle = handle
         return engines
 
     return act, handles
@@ -75,7 +77,7 @@ def adopt(monitor, names):
 
 def call(engine):
     """A call of its launch method."""
-    return Call(engine, "init", Arguments((), {}), {})
+    return Call(managed(engine), "init", Arguments((), {}), {})
 
 
 def in_a_thread(act):
