@@ -18,7 +18,13 @@ from enginefsm._calls.asyncio_actors import monitored
 from enginefsm._calls.calls import Call, LaunchedIf
 from enginefsm._engine.proxy import Engine, EngineFsm
 from enginefsm._ray.keepalive import runtime_env
-from enginefsm.errors import ActorRestartedError, LaunchDeadlineError, RestartCapError, RetryExhaustedError
+from enginefsm.errors import (
+    ActorRestartedError,
+    LaunchDeadlineError,
+    RestartCapError,
+    RetryExhaustedError,
+    UnsupportedRayError,
+)
 from enginefsm.events import CallOutcome, Event, Listener
 from enginefsm.export import FLUSH_S, Exporter
 from enginefsm.fsm.incarnations import Incarnation
@@ -55,6 +61,7 @@ __all__ = [
     "RetryPolicy",
     "Server",
     "Transition",
+    "UnsupportedRayError",
     "Verdict",
     "add_listener",
     "adopt",

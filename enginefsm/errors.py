@@ -29,6 +29,10 @@ class LaunchDeadlineError(GetTimeoutError):
     """Engines had not ended their launch method by the policy's `launch_deadline_s`. The message names each of them."""
 
 
+class UnsupportedRayError(ImportError):
+    """This Ray lacks something that enginefsm reads of it. The message names both, and the releases that are tested."""
+
+
 class ActorRestartedError(ActorDiedError):
     """Ray restarted the actor under an engine. What the launch method had set up went with the old process."""
 

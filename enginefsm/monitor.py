@@ -386,8 +386,6 @@ def _log(event: Event) -> None:
     )
     if event.reason is Reason.RELEASED:
         level = logging.INFO
-    logger.log(
-        level, "engine %s is %s: %s%s (after %.1f s %s)",
-        event.engine, event.to_state, event.reason, f": {event.detail}" if event.detail else "", event.spent_s,
-        event.from_state or "",
-    )  # fmt: skip
+    detail = f": {event.detail}" if event.detail else ""
+    spent = f" (after {event.spent_s:.1f} s {event.from_state})" if event.from_state else ""
+    logger.log(level, "engine %s is %s: %s%s%s", event.engine, event.to_state, event.reason, detail, spent)

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 
 # Each may import those after it. "" is enginefsm/__init__.py: the public names, for users and the packages before it.
 ORDER = [
-    "embed", "cli", "rehearsal", "", "monitor", "health", "export", "metrics", "_wait", "_engine", "_calls", "_ray",
-    "fsm",
+    "testing", "embed", "cli", "rehearsal", "", "monitor", "health", "export", "metrics", "_wait", "_engine", "_calls",
+    "_ray", "fsm",
 ]  # fmt: skip
 # Everything may import these. They import only each other and fsm, whose types they carry.
 SHARED = {"errors", "events", "policy"}
@@ -88,3 +88,18 @@ def test_an_import_that_goes_up_is_noticed():
     assert not goes_down("enginefsm.fsm.states", "enginefsm.monitor")
     assert not goes_down("enginefsm.events", "enginefsm.metrics.collector")
     assert goes_down("enginefsm.cli.main", "enginefsm")
+
+
+def test_no_test_file_imports_another_and_their_names_are_unique():
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    names = [path.stem for path in files]
+    assert sorted(set(names)) == sorted(names)
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported = {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported = {node.module}
+            else:
+                continue
+            assert not imported & {*names, "conftest"}, path

@@ -11,6 +11,7 @@ from ray.actor import ActorHandle, ActorMethod
 from enginefsm._calls.calls import LaunchedIf
 from enginefsm._engine.proxy import OWN_NAMES, Engine, managed
 from enginefsm._ray import handles as _ray_handles
+from enginefsm._ray import surface
 
 _RESERVED_LABELS = frozenset({"run", "engine", "state", "incarnation", "actor_id"})
 
@@ -23,6 +24,7 @@ def check_adopted(
         raise TypeError(f"{handle!r} is adopted already; adopt() takes the actor's handle")
     if not isinstance(handle, ActorHandle):
         raise TypeError(f"adopt() takes the handle that Engine.remote(...) gave, not {type(handle).__name__}")
+    surface.check_handle(handle)
     if _ray_handles.is_cross_language(handle):
         raise TypeError(f"{handle!r} is not a Python actor: no Python call can be sent to it")
     if _ray_handles.is_asyncio(handle) and not _ray_handles.is_monitored(handle):
@@ -69,5 +71,6 @@ def _check_method(handle: ActorHandle[Any], method: str, role: str) -> None:
     if not isinstance(getattr(handle, str(method), None), ActorMethod):
         known = ", ".join(sorted(m for m in dir(handle) if not m.startswith("_")))
         raise ValueError(f"{handle!r} has no method {method!r} to be its {role}; it has: {known}")
+    surface.check_method(getattr(handle, method))
     if not _ray_handles.is_plain(getattr(handle, method), {}):
         raise ValueError(f"{method!r} cannot be the {role}: it does not return one plain value")

@@ -12,10 +12,9 @@ import time
 from collections.abc import Callable, Iterable
 
 from enginefsm._engine.managed import ManagedEngine
+from enginefsm._ray import control_plane, keepalive
 from enginefsm._ray import ends as _ends
-from enginefsm._ray import handles as _ray_handles
-from enginefsm._ray import keepalive
-from enginefsm._ray.handles import Creation
+from enginefsm._ray.control_plane import Creation
 from enginefsm.fsm.states import EngineState, LaunchStage
 
 EVERY_S = 5.0
@@ -56,7 +55,7 @@ class LaunchStages:
 
     def _ask(self, launching: list[ManagedEngine]) -> None:
         with _ends.calling_ray():
-            creations = _ray_handles.creations([engine.handle for engine in launching], ANSWER_S)
+            creations = control_plane.creations([engine.handle for engine in launching], ANSWER_S)
             self._answered = creations is not None
             found = {engine: (creations or {}).get(engine.actor_id) for engine in launching}
             keepalive.warn_of_silent_links(creation.node_id for creation in found.values() if creation is not None)

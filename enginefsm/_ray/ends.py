@@ -23,7 +23,7 @@ from typing import Any
 
 import ray
 
-from enginefsm._ray import handles as _ray_handles
+from enginefsm._ray import this_process
 
 LEAVE_S = 10.0
 """How long an end waits for threads that are in calls of Ray: as long as a hub takes to start on a busy machine."""
@@ -41,7 +41,7 @@ def tell_before(act: Callable[[], object]) -> None:
         _told.append(weakref.WeakMethod(act) if isinstance(act, types.MethodType) else lambda: act)
         if getattr(ray.shutdown, "__name__", "") != _MARK:
             ray.shutdown = _first_tell(ray.shutdown)
-        actor = _ray_handles.actor_instance()
+        actor = this_process.actor_instance()
         if actor is None:
             atexit.unregister(_tell)
             atexit.register(_tell)

@@ -22,7 +22,7 @@ from ray.exceptions import RayError
 from enginefsm._calls.calls import Awaited, says_dropped, says_restarted
 from enginefsm._calls.plain_ref import PlainRef
 from enginefsm._engine.managed import ManagedEngine, engine_of
-from enginefsm._ray import handles as _ray_handles
+from enginefsm._ray import this_process
 from enginefsm._wait import failures
 from enginefsm.events import CallOutcome, Event
 from enginefsm.fsm.outcomes import Outcome, classify, detail_of
@@ -105,7 +105,7 @@ class Wait:
         self._resting: dict[Awaited, None] = {}  # of this wait; their engine's queue says when they go out
         self._failure: Exception | None = None
         self._looked_at = self._asked_at = -math.inf  # when everything was looked at, and when stages were asked for
-        self._session = _ray_handles.session()
+        self._session = this_process.session()
 
     def take_up(self, one: Awaited) -> None:
         """Wait for one more call."""
@@ -274,7 +274,7 @@ class Wait:
 
     def _session_ended(self) -> Exception | None:
         """Raise if Ray was shut down: it says nothing of calls that were out, and a call would start it anew."""
-        return None if _ray_handles.session() is self._session else failures.session_ended(next(iter(self.open)))
+        return None if this_process.session() is self._session else failures.session_ended(next(iter(self.open)))
 
     def _given_up(self) -> Exception | None:
         """Raise the verdict on an engine that any thread gave up while a call from before the verdict was out."""

@@ -1,1 +1,1 @@
-"""The command line: demo, status, watch, report, dashboards."""
+"""The command line: demo, status, watch, doctor, report, dashboards."""

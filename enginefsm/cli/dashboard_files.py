@@ -1,4 +1,4 @@
-"""Writes out what the package carries for operators: dashboards, alert rules and their tests, runbooks, examples."""
+"""Writes out the package's files for operators: dashboards, alert rules with tests, runbooks, examples."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _KINDS = {".json", ".md", ".yml"}
 
 
 class DashboardFilesError(Exception):
-    """They cannot be written; the message says why and what to do, in one line."""
+    """The files cannot be written. The message says why and what to do, in one line."""
 
 
 def write(out: Path, *, force: bool = False, runbooks_url: str | None = None) -> list[Path]:
-    """Write the files into the directory `out`, made if need be, and give their paths.
+    """Write the files into the directory `out`, and return their paths. Make the directory if it does not exist.
 
-    `runbooks_url` is where the team reads the runbooks: alerts then link there. Nothing is written if a file is there
-    already, unless `force` is given.
+    If a file exists already, write nothing and raise DashboardFilesError, unless `force` is true. The alerts link to
+    `runbooks_url`, the address at which the team reads the runbooks.
     """
     files = {out / name: text for name, text in _carried()}
     there = [path for path in files if path.exists() or path.is_symlink()]

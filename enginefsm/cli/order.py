@@ -6,5 +6,5 @@ import re
 
 
 def natural(name: str) -> list[tuple[int, str]]:
-    """A key that sorts engine-2 before engine-10."""
+    """Return a key that sorts engine-2 before engine-10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d{1,18})", name)]

@@ -1,4 +1,4 @@
-"""Tables of engines on a terminal: what `enginefsm demo`, `enginefsm status` and `enginefsm watch` have in common."""
+"""Tables of engines on a terminal, for `enginefsm demo`, `enginefsm status` and `enginefsm watch`."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ STYLES: dict[str, str] = {
     EngineState.UNAVAILABLE: "bold magenta",
     EngineState.DEAD: "bold red",
 }
-"""How a state looks, by its name."""
+"""The style of each state, by its name."""
 
 Column = tuple[str, Literal["left", "right"], int | None]
-"""Header, justification, and its share of the room that is left; None takes what its content needs."""
+"""Header, justification, and share of the width that is left. None takes the width of the content."""
 T = TypeVar("T")
 
 
 def what_fits(
     engines: Sequence[T], room: int, name: Callable[[T], str], is_ready: Callable[[T], bool]
 ) -> tuple[list[T], int]:
-    """The engines by name, `room` of them at most, and how many are left out: those that are ready go first."""
+    """Return at most `room` engines, sorted by name, and the number left out. Ready engines are left out first."""
     if len(engines) > room:
         engines = sorted(engines, key=is_ready)
     shown = sorted(engines[:room], key=lambda engine: natural(name(engine)))
@@ -35,7 +35,7 @@ def what_fits(
 
 
 def engine_table(columns: Sequence[Column]) -> Table:
-    """A table without rows, as wide as the terminal."""
+    """Return a table without rows, as wide as the terminal."""
     table = Table(box=box.SIMPLE_HEAD, expand=True, pad_edge=False, padding=(0, 1, 0, 0))
     for header, justify, ratio in columns:
         table.add_column(header, justify=justify, ratio=ratio, no_wrap=True)

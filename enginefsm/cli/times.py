@@ -1,10 +1,10 @@
-"""Times, as people are told them."""
+"""Times in words."""
 
 from __future__ import annotations
 
 
 def duration(seconds: float) -> str:
-    """A time in two units at most: `4.2 s`, `3 min 20 s`, `5 h 2 min`, `3 d 4 h`."""
+    """Return a time in at most two units: `4.2 s`, `3 min 20 s`, `5 h 2 min`, `3 d 4 h`."""
     if seconds < 60:
         return f"{max(0.0, seconds):.1f} s"
     whole = int(seconds)

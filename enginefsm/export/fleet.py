@@ -18,7 +18,8 @@ since the epoch. Fields are added over time, and not taken away under the same `
     {"version": 1,
      "now_s": 1763830000.0,
      "hub": {"address": "http://127.0.0.1:9400" or null while it cannot listen, "problem": null or why it cannot,
-             "started_s": ..., "pid": 1, "node_ip": "...", "linger_s": 1800.0, "enginefsm": "0.1.0"},
+             "started_s": ..., "pid": 1, "node_ip": "...", "linger_s": 1800.0, "enginefsm": "0.1.0",
+             "file_sd": "/tmp/ray/..." or "" if it writes none},
      "runs": [                          # by name
        {"run": "glm-rl",
         "state": "alive" | "silent" | "stopped",                             # silent: a manager of it is
@@ -29,6 +30,8 @@ since the epoch. Fields are added over time, and not taken away under the same `
           {"manager": "9f0c...", "host": "node-1", "pid": 4242, "version": "0.1.0", "ray_version": "2.60.0",
            "started_s": ..., "heartbeat_s": ..., "heard_s_ago": 1.2, "stopped_s": null or ...,
            "state": "alive" | "silent" | "stopped" | "replaced",            # replaced: has a successor
+           "python": "3.11.7",
+           "silent_link_s": 20.0,       # within how long its Ray notices that a link is silent (see keepalive)
            "engines": 8}],
         "engines": [                    # by name
           {"engine": "default/regular/0", "model": "glm-4.6", "worker_type": "regular", "node": "node-1",
@@ -36,6 +39,7 @@ since the epoch. Fields are added over time, and not taken away under the same `
            "state": "unavailable", "reason": "actor_unavailable", "since_s": ..., "in_state_s": 12.3,
            "spent_s": {"launching": 63.2, "ready": 511.0},                  # in states that it has left
            "incarnation": 2, "actor_id": "...", "ever_ready": true, "manager": "9f0c...",
+           "max_task_retries": 0,       # of the actor: how often Ray itself repeats a method that was cut off
            "stage": null or how far its launch is, "waiting for resources" say (see `LaunchStage`),
            "past": [                    # its earlier incarnations, oldest first, the newest 16
              {"incarnation": 1, "actor_id": "...", "reason": "actor_died", "adopted_s": ..., "ready_s": null or ...,
@@ -92,6 +96,7 @@ class Row(TypedDict):
     actor_id: str
     ever_ready: bool
     stage: NotRequired[str | None]
+    max_task_retries: NotRequired[int]
     past: NotRequired[list[dict[str, Any]]]
 
 
@@ -112,6 +117,8 @@ class Report(TypedDict, total=False):
     """How many verdicts of the health monitor are held, by why."""
     job: Required[str]
     """The Ray job in whose actor the manager is, as whose driver ends it is killed; "" where it is a driver's own."""
+    actor: str
+    """The id (hex) of the actor that the manager is in; "" if it is a driver's own."""
     started_s: Required[float]
     heartbeat_s: Required[float]
     stopped_s: Required[float]
@@ -119,6 +126,8 @@ class Report(TypedDict, total=False):
     pid: Required[int]
     version: Required[str]
     ray_version: Required[str]
+    python: str
+    silent_link_s: float
 
 
 class Answer(TypedDict):
@@ -203,21 +212,35 @@ class FleetTable:
             return self._clock() - self._heard_at
 
     def silent_jobs(self) -> set[str]:
-        """The jobs of actors whose managers are silent, and did not say why."""
+        """Return the jobs of actors whose managers are silent and did not say why."""
         with self._lock:
-            return {
-                manager.report["job"]
-                for manager in self._managers.values()
-                if manager.report["job"] and not manager.report["stopped_s"] and self._has_ended(manager)
-            }
+            return {job for manager in self._gone_silent() if (job := manager.report["job"])}
+
+    def silent_actors(self) -> set[str]:
+        """Return the ids of actors whose managers are silent and did not say why."""
+        with self._lock:
+            return {actor for manager in self._gone_silent() if (actor := manager.report.get("actor", ""))}
 
     def end_jobs(self, ended: Mapping[str, float]) -> None:
-        """Take the silent managers in actors of these jobs for ended with their job, at the time given for it."""
+        """Mark the silent managers in actors of these jobs as stopped, at the time given for the job."""
         with self._lock:
-            for manager in self._managers.values():
-                report = manager.report
-                if report["job"] in ended and not report["stopped_s"] and self._has_ended(manager):
-                    manager.report = {**report, "stopped_s": ended[report["job"]]}
+            for manager in self._gone_silent():
+                if manager.report["job"] in ended:
+                    manager.report = {**manager.report, "stopped_s": ended[manager.report["job"]]}
+
+    def end_actors(self, ended: Mapping[str, float]) -> None:
+        """Mark the silent managers in these actors as stopped, at the time given for the actor.
+
+        Ray calls an actor's `__ray_shutdown__` from 2.50 on. Before that, a manager in an actor that ends in good order
+        falls silent.
+        """
+        with self._lock:
+            for manager in self._gone_silent():
+                if manager.report.get("actor") in ended:
+                    manager.report = {**manager.report, "stopped_s": ended[manager.report["actor"]]}
+
+    def _gone_silent(self) -> list[_Manager]:
+        return [one for one in self._managers.values() if not one.report["stopped_s"] and self._has_ended(one)]
 
     def forget(self, after_s: float) -> None:
         """Forget managers that have not been heard of for so long. What they counted stays while their run goes on."""
@@ -360,6 +383,8 @@ class FleetTable:
         return {
             "manager": manager.id,
             **{key: report[key] for key in ("host", "pid", "version", "ray_version", "started_s", "heartbeat_s")},
+            "python": report.get("python"),  # a manager of another version may not tell
+            "silent_link_s": report.get("silent_link_s"),
             "heard_s_ago": self._clock() - manager.heard_at,
             "stopped_s": report["stopped_s"] or None,
             "state": state if manager in current else "replaced",
@@ -510,6 +535,7 @@ def _engine_json(manager: _Manager, entry: _Entry, now_s: float) -> dict[str, An
         "actor_id": row["actor_id"],
         "ever_ready": row["ever_ready"],
         "manager": manager.id,
+        "max_task_retries": row.get("max_task_retries"),
         "stage": row.get("stage"),  # a manager of another version may not tell
         "past": row.get("past", []),
     }

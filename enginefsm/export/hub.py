@@ -21,6 +21,7 @@ import http.server
 import json
 import logging
 import os
+import platform
 import socket
 import threading
 import time
@@ -38,8 +39,8 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from enginefsm._engine.launch_stages import EVERY_S
+from enginefsm._ray import control_plane, handles, keepalive, this_process
 from enginefsm._ray import ends as _ends
-from enginefsm._ray import handles as _ray_handles
 from enginefsm.export._files import write_atomically
 from enginefsm.export.fleet import PROTOCOL, Answer, FleetTable, Report, counts, row
 from enginefsm.export.outbox import Batch, Fleet, NotYetError
@@ -56,6 +57,7 @@ STAGES_S = 0.3
 """How long a report waits to be told how far launches are."""
 START_TIMEOUT_S = 20.0
 """How long a hub may take to start before that counts as a failure."""
+GCS_ANSWERS_S = 2.0
 BIND_AGAIN_S = 5.0
 IDLE_CONNECTION_S = 120.0
 TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
@@ -197,18 +199,22 @@ def _report(fleet: Fleet, batch: Batch, host: str, moved_on: Iterable[str] | Non
         engines = [engine for engine in found.values() if engine is not None]
         gone = [name for name, engine in found.items() if engine is None]
     ours, rays = versions()
-    job = "" if _ray_handles.actor_instance() is None else ray.get_runtime_context().get_job_id()
+    job = "" if this_process.actor_instance() is None else ray.get_runtime_context().get_job_id()
     return {
         "protocol": PROTOCOL,
         "run": batch.run,
         "manager": batch.manager,
         "seq": batch.seq,
         "full": moved_on is None,
-        "rows": [row(engine.snapshot()) for engine in engines],
+        "rows": [
+            {**row(engine.snapshot()), "max_task_retries": handles.max_task_retries(engine.handle)}
+            for engine in engines
+        ],
         "gone": gone,
         "counts": counts(fleet.metrics.collect_counts()),
         "held": {why.value: held for why, held in fleet.metrics.verdicts_held().items()},
         "job": job,
+        "actor": this_process.actor_id(),
         "started_s": batch.started_s,
         "heartbeat_s": time.time(),
         "stopped_s": batch.stopped_s,
@@ -216,6 +222,8 @@ def _report(fleet: Fleet, batch: Batch, host: str, moved_on: Iterable[str] | Non
         "pid": os.getpid(),
         "version": ours,
         "ray_version": rays,
+        "python": platform.python_version(),
+        "silent_link_s": sum(keepalive.in_effect_ms()) / 1000,
     }
 
 
@@ -268,7 +276,7 @@ class HubActor:
         self._ip = ray.util.get_node_ip_address()
         file_sd = self._settings.file_sd
         if file_sd is None:
-            file_sd = str(Path(_ray_handles.temp_dir()) / FILE_SD_NAME)
+            file_sd = str(Path(this_process.temp_dir()) / FILE_SD_NAME)
         self._file_sd = Path(file_sd) if file_sd else None
         self._entry = b""
         self._self = ray.get_runtime_context().current_actor
@@ -295,6 +303,7 @@ class HubActor:
             "pid": os.getpid(),
             "node_ip": self._ip,
             "linger_s": self._settings.linger_s,
+            "file_sd": "" if self._file_sd is None else str(self._file_sd),
             "enginefsm": version("enginefsm"),
         }
 
@@ -344,6 +353,8 @@ class HubActor:
                 self._listen()
             if self._table.silent_jobs():
                 self._table.end_jobs(_ended_jobs())
+            if silent := self._table.silent_actors():
+                self._table.end_actors(control_plane.actors_ended_in_good_order(silent, GCS_ANSWERS_S))
             self._table.forget(linger_s)
         self._end()
 
@@ -361,7 +372,7 @@ class HubActor:
 
 def _ended_jobs() -> dict[str, float]:
     try:
-        return _ray_handles.ended_jobs()
+        return control_plane.ended_jobs()
     except Exception:  # Ray raises what it likes for a GCS that is away; asked again soon
         logger.debug("Ray does not say which jobs have ended", exc_info=True)
         return {}

@@ -76,9 +76,9 @@ def bring_up(number, engines, cuts, rng):
         timer.join()
     told = [monitor.get(engine.told.remote(), timeout=60) for engine in adopted]
     lags = [
-        ready[engine.name] - max(ended_at_s, reported[engine.name])
+        ready[engine.fsm.name] - max(ended_at_s, reported[engine.fsm.name])
         for engine, (_, ended_at_s) in zip(adopted, told, strict=True)
-        if engine.name in reported and engine.name in ready
+        if engine.fsm.name in reported and engine.fsm.name in ready
     ]
     for actor in actors:
         ray.kill(actor)

@@ -1,8 +1,8 @@
 """For how long enginefsm keeps an event loop from running: with 256 engines without Ray, then with real ones.
 
-For the former see tests/stalls.py. For the latter a task asks the loop to wake it every millisecond; the longest time
-by which it was woken later, in each phase, is what is told. Cuts are real, and a real hub is frozen. Bare Ray does the
-same first: what it costs the loop is not enginefsm's.
+tests/support/stalls.py makes the former scenes. For the latter a task asks the loop to wake it every millisecond.
+The figure of each phase is the longest time by which it woke later. Cuts are real, and a real hub is frozen. Bare Ray
+does the same first: what it costs the loop is not enginefsm's.
 
 Run: python tests/benchmarks/stalls.py [--engines 32] [--uvloop]
 """
@@ -24,7 +24,7 @@ import ray
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.clusters import local_ray
-from support.stalls import ENGINES, FrozenHub, given_up, measured, recovered
+from support.stalls import ENGINES, FrozenHub, Turns, given_up, measured, recovered
 
 import enginefsm
 from enginefsm.export.hub import NAME, NAMESPACE, Hub, HubSettings
@@ -52,7 +52,8 @@ def without_ray(new_loop):
             ("adopted, cut off, recovered", recovered(patient, together)),
             ("given up, hub frozen", given_up(impatient, together)),
         ):
-            _, turns = measured(scene, new_loop)
+            turns = Turns()
+            measured(scene, new_loop, turns)
             times = f"lag {turns.lag_s * 1e3:6.1f} ms, CPU of a turn {turns.longest_s * 1e3:6.1f} ms"
             print(f"{ENGINES} engines without Ray, {way:11} {name:30} {times}", flush=True)
         hub.thawed.set()

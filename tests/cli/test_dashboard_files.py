@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from enginefsm.cli import main as cli
+from enginefsm.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 CARRIED = {
@@ -26,7 +26,7 @@ def written(directory):
 
 def test_it_writes_dashboards_rules_their_tests_runbooks_and_examples_and_says_where(tmp_path, capsys):
     out = tmp_path / "not" / "there"
-    assert cli.main(["dashboards", "--out", str(out)]) == 0
+    assert main(["dashboards", "--out", str(out)]) == 0
     assert written(out) == CARRIED
     assert {Path(line).relative_to(out) for line in capsys.readouterr().out.splitlines()} == set(CARRIED)
 
@@ -40,9 +40,7 @@ def test_an_installed_package_writes_the_same(tmp_path):
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*pip, "--target", installed, source], check=True)
     shutil.rmtree(source)
-    code = (
-        "import sys, enginefsm; from enginefsm.cli import main as cli; print(enginefsm.__file__); sys.exit(cli.main())"
-    )
+    code = "import sys, enginefsm; from enginefsm.cli.main import main; print(enginefsm.__file__); sys.exit(main())"
     done = subprocess.run(
         [sys.executable, "-c", code, "dashboards", "--out", tmp_path / "out"],
         env={"PYTHONPATH": str(installed)}, cwd=tmp_path, check=True, capture_output=True, text=True,
@@ -56,17 +54,17 @@ def test_it_does_not_overwrite_unless_forced(tmp_path, capsys):
     mine = tmp_path / "rules" / "enginefsm.rules.yml"
     mine.parent.mkdir()
     mine.write_text("mine")
-    assert cli.main(["dashboards", "--out", str(tmp_path)]) == 2
+    assert main(["dashboards", "--out", str(tmp_path)]) == 2
     refusal = capsys.readouterr().err
     assert str(mine) in refusal
     assert "--force" in refusal
     assert written(tmp_path) == {mine.relative_to(tmp_path): "mine"}
-    assert cli.main(["dashboards", "--out", str(tmp_path), "--force"]) == 0
+    assert main(["dashboards", "--out", str(tmp_path), "--force"]) == 0
     assert written(tmp_path) == CARRIED
 
 
 def test_alerts_link_to_where_the_team_reads_its_runbooks(tmp_path):
-    assert cli.main(["dashboards", "--out", str(tmp_path), "--runbooks-url", "https://wiki.example/enginefsm"]) == 0
+    assert main(["dashboards", "--out", str(tmp_path), "--runbooks-url", "https://wiki.example/enginefsm"]) == 0
     groups = yaml.safe_load((tmp_path / "rules" / "enginefsm.rules.yml").read_text())["groups"]
     links = [rule["annotations"]["runbook_url"] for group in groups for rule in group["rules"]]
     assert links
@@ -79,7 +77,7 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path, capsys, blocked):
     if blocked:
         out.mkdir()
     (out / blocked).write_text("a file, not a directory")
-    assert cli.main(["dashboards", "--out", str(out)]) == 2
+    assert main(["dashboards", "--out", str(out)]) == 2
     complaint = capsys.readouterr().err
     assert complaint.startswith(f"enginefsm dashboards: cannot write to {out}: ")
     assert complaint.count("\n") == 1
@@ -87,5 +85,5 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path, capsys, blocked):
 
 def test_an_installation_without_them_says_so(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("enginefsm.cli.dashboard_files._PLACES", (tmp_path / "nothing",))
-    assert cli.main(["dashboards", "--out", str(tmp_path / "out")]) == 2
+    assert main(["dashboards", "--out", str(tmp_path / "out")]) == 2
     assert "lacks its dashboards" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import json
 import re
 import stat
 import subprocess
+import sys
 import time
 from html import unescape
 
@@ -15,7 +16,8 @@ from support.bare_handles import bare_handle
 
 from enginefsm import CallOutcome, EngineMonitor, Outcome, Reason
 from enginefsm._engine.proxy import managed
-from enginefsm.cli import main as cli
+from enginefsm.cli import ends
+from enginefsm.cli.main import main
 from enginefsm.cli.report.axis import ticks
 from enginefsm.export import EventLog
 
@@ -83,9 +85,9 @@ def report(tmp_path, capfd):
     def run(text, *arguments, name="page.html"):
         log = tmp_path / "events.jsonl"
         log.write_bytes(text if isinstance(text, bytes) else text.encode())
-        code = cli.main(["report", str(log), "-o", str(tmp_path / name), *arguments])
+        code = main(["report", str(log), "-o", str(tmp_path / name), *arguments])
         said = capfd.readouterr().err
-        assert code == cli.OK, said
+        assert code == ends.OK, said
         return tmp_path / name, said
 
     return run
@@ -347,7 +349,7 @@ def test_a_file_that_gives_nothing_is_one_line_and_exit_code_2(tmp_path, capsys,
         log.mkdir()
     elif content is not None:
         log.write_text(content)
-    assert cli.main(["report", str(log), "-o", str(page)]) == cli.USAGE
+    assert main(["report", str(log), "-o", str(page)]) == ends.USAGE
     last = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(f"enginefsm report: {complaint}", last)
     assert not page.exists()
@@ -359,10 +361,10 @@ def test_it_is_written_as_a_whole_readable_by_all_and_never_over_the_log(report,
     assert stat.S_IMODE(page.stat().st_mode) == 0o644
     assert {path.name for path in tmp_path.iterdir()} == {"events.jsonl", "page.html"}
     log = str(tmp_path / "events.jsonl")
-    assert cli.main(["report", log, "-o", log]) == cli.USAGE
+    assert main(["report", log, "-o", log]) == ends.USAGE
     assert "is the event log itself" in capfd.readouterr().err
     assert (tmp_path / "events.jsonl").read_text() == text
-    assert cli.main(["report", log, "-o", str(tmp_path / "no" / "where.html")]) == cli.USAGE
+    assert main(["report", log, "-o", str(tmp_path / "no" / "where.html")]) == ends.USAGE
     assert capfd.readouterr().err.count("\n") == 1
 
 
@@ -404,6 +406,15 @@ def test_the_trace_is_in_the_format_that_perfetto_and_chrome_open(report):
             assert start + length <= following
     instants = [e["name"] for e in events if e["ph"] == "i" and threads[e["pid"], e["tid"]] == "e-1"]
     assert instants == ["init: actor_unavailable", "re-await 1: actor_unavailable", "re-await 2: succeeded"]
+
+
+def test_without_jinja2_a_page_is_refused_and_a_trace_is_made(tmp_path, capsys, monkeypatch):
+    (tmp_path / "log").write_text(Log().smooth("e").text())
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    for kind, code in (("html", ends.USAGE), ("perfetto", ends.OK)):
+        assert main(["report", str(tmp_path / "log"), "--format", kind, "-o", str(tmp_path / kind)]) == code
+    assert "pip install 'enginefsm[report]'" in capsys.readouterr().err
+    assert not (tmp_path / "html").exists()
 
 
 @pytest.mark.parametrize("length_s", [0.001, 0.3, 1, 7, 18.3, 59, 181, 899, 3600, 12_000, 86_400, 1e6, 1e8])

@@ -17,74 +17,20 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
-import ray
-from ray.exceptions import ActorDiedError
 from support.clusters import WORKERS_PATH
-from support.engines import Engine, wait_until
+from support.hub_scene import Scene
 from support.servers import serving
 
 import enginefsm
-from enginefsm import EngineMonitor
-from enginefsm.cli import main as cli
+from enginefsm.cli import ends
+from enginefsm.cli.main import main
 from enginefsm.cli.status import HubReader, NothingToSeeError
 from enginefsm.cli.status.words import changes, lines
 from enginefsm.cli.times import duration
-from enginefsm.export import Hub, HubSettings, hub
 
 COMMAND = [sys.executable, "-m", "enginefsm.cli"]
 TIMEOUT_S = 90
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-
-
-class Scene:
-    """Monitors that export to the cluster's own hub."""
-
-    def __init__(self, tmp_path):
-        self.tmp_path = tmp_path
-        self.file_sd = tmp_path / "hub.json"
-        self.monitors = []
-        self.directories = {}
-
-    @property
-    def address(self):
-        return ray.get_runtime_context().gcs_address
-
-    def monitor(self, run):
-        self.monitors.append(EngineMonitor(run=run, export=[Hub(HubSettings(file_sd=str(self.file_sd)))]))
-        return self.monitors[-1]
-
-    def launch(self, monitor, name, **labels):
-        directory = self.tmp_path / f"{len(list(self.tmp_path.iterdir()))}"
-        directory.mkdir()
-        self.directories[name] = directory
-        (directory / "gate").touch()
-        engine = monitor.adopt(ray.remote(num_cpus=0)(Engine).remote(str(directory)), name=name, **labels)
-        monitor.get(engine.init.remote())
-        return engine
-
-    def kill(self, monitor, engine):
-        call = engine.hold.remote()
-        wait_until((self.directories[engine.fsm.name] / "held").exists, what="the call")
-        ray.kill(engine.handle)
-        with pytest.raises(ActorDiedError):
-            monitor.get(call)
-
-    def url(self):
-        return ray.get(hub.find().address.remote())
-
-    def close(self):
-        for monitor in self.monitors:
-            for engine in monitor.engines():
-                ray.kill(engine.handle)
-            monitor.close()
-        if hub.find() is not None:
-            self.kill_hub()
-
-    def kill_hub(self):
-        killed = hub.find()
-        pid = ray.get(killed.fleet.remote())["hub"]["pid"]
-        ray.kill(killed)  # a heartbeat may have another one started at once
-        wait_until(lambda: hub.find() != killed and not Path(f"/proc/{pid}").exists(), what="the hub's end")
 
 
 @pytest.fixture
@@ -115,7 +61,7 @@ def run_status(*arguments, environ=None):
 
 def test_it_tells_runs_engines_states_reasons_and_nodes_through_ray(scene, bringup):
     code, out, err = run_status("--address", scene.address)
-    assert (code, err) == (cli.OK, "")
+    assert (code, err) == (ends.OK, "")
     told = out.splitlines()
     assert told[0].startswith("glm-rl: 1 of 2 ready, 1 dead; glm: bringup succeeded; alive, heard of ")
     assert told[1].split() == ["engine", "state", "for", "reason", "node"]
@@ -126,7 +72,7 @@ def test_it_tells_runs_engines_states_reasons_and_nodes_through_ray(scene, bring
 
 def test_it_finds_the_hub_of_this_machine_by_the_file_that_prometheus_reads(scene, bringup):
     code, out, err = run_status("--json", environ={"ENGINEFSM_HUB_FILE_SD": str(scene.file_sd)})
-    assert (code, err) == (cli.OK, "")
+    assert (code, err) == (ends.OK, "")
     fleet = json.loads(out)
     assert fleet["hub"]["address"] == scene.url()
     assert [engine["engine"] for engine in fleet["runs"][0]["engines"]] == ["engine-10", "engine-2"]
@@ -145,7 +91,7 @@ def test_a_file_that_is_out_of_date_is_passed_over_for_the_cluster(scene, bringu
 def test_the_cluster_may_be_named_by_ray_address_and_the_hub_by_its_url(scene, bringup):
     for arguments, environ in (([], {"RAY_ADDRESS": scene.address}), (["--address", scene.url()], {})):
         code, out, _ = run_status(*arguments, "--json", environ=environ)
-        assert code == cli.OK
+        assert code == ends.OK
         assert json.loads(out)["runs"][0]["run"] == "glm-rl"
 
 
@@ -154,12 +100,12 @@ def test_one_run_of_several_is_shown_and_an_unknown_one_is_said_to_be_so(scene, 
     scene.launch(other, "engine-0")
     assert other.flush(timeout_s=30)
     code, out, _ = run_status("--address", scene.url(), "--run", "other")
-    assert code == cli.OK
+    assert code == ends.OK
     assert out.startswith("other: 1 of 1 ready; ")
     assert "glm-rl" not in out
     for address in (scene.url(), scene.address):
         code, out, err = run_status("--address", address, "--run", "nobody's")
-        assert (code, out) == (cli.FAILED, "")
+        assert (code, out) == (ends.FAILED, "")
         assert err.startswith('enginefsm status: the hub knows of no run "nobody\'s"')
         assert err.count("\n") == 1
 
@@ -187,7 +133,7 @@ def test_a_cluster_without_a_hub_is_said_to_be_so(scene):
             timeout=TIMEOUT_S,
             check=False,
         )
-        assert (ran.returncode, ran.stdout) == (cli.FAILED, "")
+        assert (ran.returncode, ran.stdout) == (ends.FAILED, "")
         assert re.fullmatch(rf"enginefsm {command}: the Ray cluster at .* has no hub of enginefsm: .*\n", ran.stderr)
 
 
@@ -205,7 +151,7 @@ def test_no_cluster_on_this_machine_is_said_to_be_so_and_none_is_started(tmp_pat
         [*COMMAND, "status"], capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
         env={**os.environ, **environ},
     )  # fmt: skip
-    assert (ran.returncode, ran.stdout) == (cli.FAILED, "")
+    assert (ran.returncode, ran.stdout) == (ends.FAILED, "")
     assert re.fullmatch(r"enginefsm status: .*no Ray cluster.*\n", ran.stderr)
     assert not list(tmp_path.glob("**/gcs_server*"))
 
@@ -223,12 +169,13 @@ def test_an_address_that_nobody_listens_at_is_said_at_once():
     began_at = time.monotonic()
     code, out, err = run_status("--address", address)
     assert time.monotonic() - began_at < TIMEOUT_S
-    assert (code, out) == (cli.FAILED, "")
+    assert (code, out) == (ends.FAILED, "")
     assert err == f"enginefsm status: there is no Ray cluster at {address}: Connection refused\n"
     code, _, err = run_status("--address", f"http://{address}")
-    assert (code, err) == (cli.FAILED, f"enginefsm status: no hub answers at http://{address}: Connection refused\n")
+    assert (code, err) == (ends.FAILED, f"enginefsm status: no hub answers at http://{address}: Connection refused\n")
 
 
+@pytest.mark.ray
 def test_an_address_that_never_answers_ends_the_wait_and_leaves_no_process(silent):
     began_at = time.monotonic()
     reader = HubReader(silent, timeout_s=3)
@@ -244,7 +191,7 @@ def test_an_address_that_never_answers_ends_the_wait_and_leaves_no_process(silen
 )
 def test_what_is_no_address_is_said_to_be_so(address):
     code, out, err = run_status("--address", address)
-    assert (code, out) == (cli.FAILED, "")
+    assert (code, out) == (ends.FAILED, "")
     assert re.match(r"enginefsm status: --address: .*", err)
     assert err.count("\n") == 1
 
@@ -317,7 +264,7 @@ def test_watch_on_a_terminal_is_a_table_that_follows_the_fleet_until_ctrl_c(scen
         watch.read_until(r"engine-0 +dead +\d+\.\d s +actor_died")
         scene.kill_hub()
         watch.read_until(r"no hub answers at")
-        assert watch.interrupt() == cli.OK
+        assert watch.interrupt() == ends.OK
         assert "Traceback" not in watch.text
     assert b"\x1b[2K" in watch.seen  # redrawn in place
 
@@ -336,7 +283,7 @@ def test_watch_elsewhere_writes_a_line_for_each_change(scene):
         watch.read_until(r"  glm-rl: 1 of 2 ready, 1 dead; .*; ended .* ago\n")
         scene.kill_hub()
         watch.read_until(r"  no hub answers at .*; it is tried again\n")
-        assert watch.interrupt() == cli.OK
+        assert watch.interrupt() == ends.OK
         assert "\x1b" not in watch.seen.decode()
         assert "Traceback" not in watch.text
 
@@ -354,7 +301,7 @@ def test_status_on_a_terminal_is_a_table(scene, bringup):
             written += os.read(ours, 65536)
     text = ANSI.sub("", written.decode())
     os.close(ours)
-    assert done.returncode == cli.OK
+    assert done.returncode == ends.OK
     assert re.search(r"engine-2 +dead .*actor_died +node-2", text)
     assert text.index("engine-2 ") < text.index("engine-10 ")
 
@@ -417,9 +364,7 @@ def test_times_are_told_in_two_units_at_most(seconds, text):
 
 @pytest.mark.parametrize("interval", ["0", "a", "nan", "1e9"])
 def test_an_interval_that_is_none_is_refused(interval, capsys):
-    with pytest.raises(SystemExit) as end:
-        cli.main(["watch", "--interval-s", interval])
-    assert end.value.code == cli.USAGE
+    assert main(["watch", "--interval-s", interval]) == ends.USAGE
     assert capsys.readouterr().err.count("\n") == 1
 
 

@@ -179,7 +179,9 @@ BRINGUP = {
     ("Re-awaits", "A"): [
         ({"method": "init", "result": "answered"}, 1), ({"method": "init", "result": "unavailable"}, 1),
     ],
-    ("Given up so far", "A"): [({"reason": "retry_exhausted"}, 1), ({"reason": "launch_deadline"}, 0)],
+    ("Given up so far", "A"): [
+        ({"reason": "retry_exhausted"}, 1), ({"reason": "launch_deadline"}, 0), ({"reason": "health_checks_failed"}, 0),
+    ],
     ("Probes", "A"): [({"result": "actor_unavailable"}, lambda s: 0.25 < s <= 0.5)],
     ("Health checks", "A"): [
         ({"actor": "answered", "server": "serves"}, 5), ({"actor": "silent", "server": "serves"}, 3),
@@ -396,7 +398,7 @@ def test_the_alert_on_a_dead_engine_says_why_it_died(fleet):
 
     def told():
         return {
-            one["labels"]["engine"]: re.findall("The reason: ([a-z_]+)\\.", one["annotations"]["description"])
+            one["labels"]["engine"]: re.findall("The reason is ([a-z_]+)\\.", one["annotations"]["description"])
             for one in fleet.server.api("alerts")["alerts"]
             if one["labels"]["alertname"] == "EnginefsmEngineDead"
         }
@@ -442,6 +444,7 @@ def test_a_choice_narrows_what_is_shown(fleet, chosen, title, expected):
     assert_gives(lambda: fleet.ask(QUERIES["bringup.json", title, "A"], all_of("glm") | chosen), expected)
 
 
+@pytest.mark.ray
 def test_a_fleet_of_a_thousand_shows_what_is_not_ready_and_the_rest_as_counts(tmp_path):
     dashboard_files.write(tmp_path)
     targets = tmp_path / "targets"
@@ -474,6 +477,7 @@ def test_a_fleet_of_a_thousand_shows_what_is_not_ready_and_the_rest_as_counts(tm
         assert_gives(lambda: seen.ask(counted, all_of("big")), counts)
 
 
+@pytest.mark.ray
 def test_an_engine_that_was_replaced_on_another_node_is_shown_where_it_was_last(tmp_path):
     dashboard_files.write(tmp_path)
     targets = tmp_path / "targets"

@@ -79,11 +79,12 @@ def test_each_alert_says_how_bad_what_and_where_to_read_on(alert):
     assert alert in headings
 
 
-def test_the_runbooks_have_a_section_for_each_alert_with_meaning_signs_and_remedy_and_for_nothing_else():
+def test_the_runbooks_say_for_each_alert_first_what_to_do_with_commands_to_paste_and_then_why():
     sections = re.split(r"^## ", (DASHBOARDS / "runbooks.md").read_text(), flags=re.MULTILINE)[1:]
     assert [section.split("\n", 1)[0] for section in sections] == list(ALERTS)
     for section in sections:
-        assert re.findall(r"^\*\*(.+?)\.\*\*", section, re.MULTILINE) == ["Meaning", "Look at", "Do"]
+        assert re.findall(r"^\*\*(.+?)\.\*\*", section, re.MULTILINE) == ["Do", "Why"]
+        assert "```bash" in section.partition("**Why.**")[0]
 
 
 def test_rules_and_dashboards_name_only_metrics_that_a_monitor_exports():

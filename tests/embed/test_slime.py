@@ -94,7 +94,7 @@ def test_a_manager_cut_off_while_it_waits_for_engines_gets_what_they_gave(rollou
 
 def test_a_driver_cut_off_from_its_manager_gets_what_the_manager_gave(rollout):
     assert rollout.cut_off_the_driver() == [["weights_checker", {"action": "snapshot"}]] * 2
-    assert rollout.manager.state is EngineState.READY
+    assert rollout.manager.fsm.state is EngineState.READY
 
 
 def test_a_trainer_cut_off_from_engines_while_it_updates_weights_goes_on(rollout):

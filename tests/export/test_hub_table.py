@@ -47,7 +47,7 @@ class Manager:
         self.seq = itertools.count(1)
         self.engines = {}
         self.stopped_s = 0.0
-        self.job = ""
+        self.job = self.actor = ""
         self.held = {}
 
     def adopt(self, *names, **labels):
@@ -71,8 +71,9 @@ class Manager:
             "rows": [row(managed(engine).snapshot()) for engine in present if engine is not None],
             "gone": [name for name in names or () if self.monitor.engine(name) is None],
             "counts": counts(self.monitor.metrics.collect_counts()), "held": self.held,
-            "job": self.job, "started_s": 900.0, "heartbeat_s": self.clock.now, "stopped_s": self.stopped_s,
-            "host": "h", "pid": 1, "version": version("enginefsm"), "ray_version": "2.60.0",
+            "job": self.job, "actor": self.actor, "started_s": 900.0, "heartbeat_s": self.clock.now,
+            "stopped_s": self.stopped_s, "host": "h", "pid": 1, "version": version("enginefsm"),
+            "ray_version": "2.60.0",
         }  # fmt: skip
 
     def send(self, names=None):
@@ -260,6 +261,28 @@ def test_a_manager_in_an_actor_that_falls_silent_with_the_end_of_its_job_is_stop
     assert table.as_json("inside")["runs"][0]["state"] == "alive", "it was not gone after all"
 
 
+def test_a_manager_that_falls_silent_with_the_good_end_of_its_actor_is_stopped(table, manager, clock):
+    inside, driver = manager("inside").adopt("a"), manager("driver").adopt("a")
+    inside.actor = "a1"
+    for one in (inside, driver):
+        one.send()
+    assert table.silent_actors() == set(), "while it is heard of, it goes on"
+    clock.now += SILENT_S
+    assert table.silent_actors() == {"a1"}
+    table.end_actors({"a1": 1005.0})
+    assert {run["run"]: run["state"] for run in table.as_json()["runs"]} == {"inside": "stopped", "driver": "silent"}
+    assert value(text_of(table), "enginefsm_monitor_stopped_timestamp_seconds", run="inside") == 1005
+
+
+def test_a_manager_of_an_older_release_says_nothing_of_its_actor(table, manager, clock):
+    one = manager().adopt("a")
+    report = one.report()
+    del report["actor"]
+    assert table.accept(report)
+    clock.now += SILENT_S
+    assert table.silent_actors() == set()
+
+
 def test_a_heartbeat_alone_keeps_the_engines_as_they_are(table, manager, clock):
     one = manager().adopt("a").send()
     clock.now += 1000
@@ -311,7 +334,7 @@ def test_the_json_says_what_is_known_of_each_engine(table, manager, clock):
         "labels": {"model": "tiny", "worker_type": "regular", "node": "n1", "rank": "3"},
         "state": "unavailable", "reason": "actor_unavailable", "since_s": since_s, "in_state_s": pytest.approx(12.5),
         "incarnation": 1, "actor_id": managed(one.engines["a"]).actor_id, "ever_ready": True, "manager": "manager-0",
-        "stage": None, "past": [],
+        "stage": None, "max_task_retries": None, "past": [],
     }  # fmt: skip
     assert list(spent) == ["launching", "ready"]
     assert min(spent.values()) >= 0

@@ -8,7 +8,6 @@ import re
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -124,15 +123,6 @@ def test_only_the_first_time_that_an_engine_is_ready_is_marked_so():
     ]
 
     assert marked == [True, False, False, False]
-
-
-def test_the_readme_shows_the_diagram_that_is_drawn_from_the_machine():
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-
-    shown = re.search(r"^```mermaid\n(stateDiagram-v2\n.*?)\n```$", readme, re.DOTALL | re.MULTILINE)
-
-    assert shown is not None, "README.md has no state diagram"
-    assert shown[1] == diagram()
 
 
 def test_the_diagram_has_every_edge():

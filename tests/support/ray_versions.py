@@ -7,6 +7,9 @@ import ray
 RAY = tuple(int(part) for part in ray.__version__.split(".")[:2])
 """Ray's version, major and minor."""
 
+CALLS_RAY_SHUTDOWN = RAY >= (2, 50)
+"""Whether Ray calls the `__ray_shutdown__` of an actor that ends in good order."""
+
 EXCEPTIONS_CAME = {
     "UnserializableException": (2, 50),
     "AuthenticationError": (2, 52),

@@ -1,4 +1,4 @@
-"""A RolloutManager in slime's shape, with enginefsm embedded as the README's section on slime says.
+"""A RolloutManager in slime's shape, with enginefsm embedded as docs/slime.md says.
 
 Its constructor starts a router and engines through a start function that gives servers and pending handles; it
 offloads, onloads, recovers and disposes as slime's does. What is left out is what waits for no engine.

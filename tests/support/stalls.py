@@ -15,6 +15,7 @@ from unittest import mock
 
 from ray.exceptions import ActorUnavailableError, GetTimeoutError
 
+from support.engines import held_within
 from support.standin_engines import adopt, call, in_a_thread
 
 ENGINES = 256
@@ -25,6 +26,7 @@ class Turns:
 
     def __init__(self):
         self.longest_s = self.lag_s = 0.0
+        self.count = 0
 
     async def __aenter__(self):
         self.task = asyncio.create_task(self.watch())
@@ -39,8 +41,14 @@ class Turns:
         while True:
             worked, began = time.thread_time(), time.monotonic()
             await asyncio.sleep(0)
+            self.count += 1
             self.longest_s = max(self.longest_s, time.thread_time() - worked)
             self.lag_s = max(self.lag_s, time.monotonic() - began)
+
+    def go_on(self):
+        """Return whether the loop takes more turns while the calling thread waits here, which is not the loop's."""
+        enough = self.count + 10
+        return held_within(30, lambda: self.count >= enough)
 
 
 class FrozenHub:
@@ -72,15 +80,14 @@ def gathered(monitor):
     return gather
 
 
-def measured(scene, new_loop):
-    """What a scene gives on a loop of its own, and the loop's turns."""
+def measured(scene, new_loop, turns):
+    """Return what a scene gives on a loop of its own, while `turns` watches the loop."""
 
     async def main():
         gc.collect()
         gc.freeze()  # what a test run has piled up is not what is measured
-        async with Turns() as turns:
-            given = await scene
-        return given, turns
+        async with turns:
+            return await scene
 
     try:
         with asyncio.Runner(loop_factory=new_loop) as runner:

@@ -69,7 +69,7 @@ def adopt(monitor, names):
     def act():
         engines = [monitor.adopt(real, name=name, model="m") for real, name in zip(reals, names, strict=True)]
         for engine, handle in zip(engines, handles, strict=True):
-            managed(engine).handle = handle
+            managed(engine).handle = engine.handle = handle
         return engines
 
     return act, handles

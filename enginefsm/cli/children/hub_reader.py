@@ -1,9 +1,9 @@
 """Reads the hub's JSON through Ray, for a process that must not hang with a cluster which does not answer.
 
-Given the cluster's address, the hub's name and its namespace as arguments. Writes one JSON object a line to standard
-output: `{"connected": ADDRESS}` or `{"no_cluster": WHY}`; then, for each line that it reads (a JSON text or null: the
-run), `{"fleet": ...}`, `{"no_hub": true}` or `{"no_answer": WHY}`. It ends when its input does. Ray's own words go to
-standard error.
+It takes the cluster's address, the hub's name and its namespace as arguments. It writes one JSON object a line to
+standard output: first `{"connected": ADDRESS}` or `{"no_cluster": WHY}`. It then reads lines, each a run's name in JSON
+or null, and answers each with `{"fleet": ...}`, `{"no_hub": true}` or `{"no_answer": WHY}`. It ends when its input
+ends. Ray's own words go to standard error.
 """
 
 import json

@@ -1,7 +1,7 @@
 """`enginefsm demo`: a bringup as a job would write it, on a Ray of this machine, with real faults while it loads.
 
-`bringup` is that job. `plan` decides which faults hit whom, `faults` injects them, `cluster` is the Ray underneath,
-`engines` the actors, and `view` what is seen of it all.
+`bringup` is that job. `plan` chooses the faults, `faults` injects them, `cluster` starts Ray, `engines` holds the
+actors, `board` collects what happens, and `view` shows it.
 """
 
 from enginefsm.cli.demo.options import DemoError, Options, parse_faults

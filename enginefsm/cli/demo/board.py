@@ -1,4 +1,4 @@
-"""What has happened to each engine, gathered from the monitor's events and the injector's reports."""
+"""Collects what happened to each engine, from the monitor's events and the injector's reports."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ class Life:
     name: str
     incarnation: int
     attempts: int = 1
-    """Submissions of its launch method, the one that is due included."""
+    """The number of submissions of its launch method, with the one that is due."""
     injections: list[Injection] = dataclasses.field(default_factory=list)
     ready_after_s: float | None = None
     dead_after_s: float | None = None
     dead_because: Reason | None = None
     inits: int | None = None
-    """How often its `init` ran, as the actor says; None where it was not asked."""
+    """How often its `init` ran, as the actor says; None if the demo did not ask it."""
 
     @property
     def title(self) -> str:
-        """Its name, with the incarnation if it is not the first."""
+        """Return its name, with the incarnation if it is not the first."""
         return self.name if self.incarnation == 1 else f"{self.name} #{self.incarnation}"
 
     @property
     def was_killed(self) -> bool:
-        """Whether the demo killed it."""
+        """Return whether the demo killed it."""
         return any(each.hit and each.fault.kind is FaultKind.KILL for each in self.injections)
 
     @property
     def is_as_it_should_be(self) -> bool:
-        """Whether it died if it was killed, and came up if it was not, by an `init` that ran once."""
+        """Return whether it died if the demo killed it, and otherwise came up with one run of `init`."""
         if not all(each.hit for each in self.injections):
             return False
         if self.was_killed:
@@ -46,7 +46,7 @@ class Life:
 
 
 class Board:
-    """A listener of the monitor, called from any thread. Lives are in the order in which they began."""
+    """A listener of the monitor, for calls from any thread. It keeps lives in the order in which they began."""
 
     def __init__(self, launch: str) -> None:
         self._launch = launch
@@ -68,12 +68,12 @@ class Board:
             self._lives[injection.fault.engine, injection.incarnation].injections.append(injection)
 
     def life(self, name: str, incarnation: int) -> Life:
-        """Give one of them."""
+        """Return one life."""
         with self._lock:
             return self._lives[name, incarnation]
 
     def lives(self) -> list[Life]:
-        """Give them all."""
+        """Return all lives."""
         with self._lock:
             return list(self._lives.values())
 

@@ -1,4 +1,4 @@
-"""The job: engines are launched side by side and awaited. What dies is named, replaced once, and awaited on."""
+"""The job: it launches engines side by side and awaits them. It replaces an engine that died once, and waits on."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Bringup:
         self._calls: dict[str, Call] = {}
 
     def run(self, plans: Sequence[EnginePlan]) -> bool:
-        """Bring the engines up; says whether they are. A failure that the demo did not cause ends it."""
+        """Bring the engines up. Return whether they are up. A failure that the demo did not cause ends the bringup."""
         self._plans = {plan.name: plan for plan in plans}
         try:
             self._launch(plans)
@@ -75,7 +75,7 @@ class Bringup:
     def _wait(self) -> None:
         self._monitor.get(list(self._calls.values()))
         self._injector.join()
-        # A fault that came late has hit an engine that was up: these calls find out, and bear with it too.
+        # A late fault may hit an engine that is up already. These calls notice it, and recover as well.
         engines = list(self._engines.values())
         self._monitor.get([engine.generate.remote(_PROMPT, _SAMPLING) for engine in engines])
         inits = self._monitor.get([engine.times_init_ran.remote() for engine in engines])
@@ -83,7 +83,7 @@ class Bringup:
             self._board.life(engine.fsm.name, engine.fsm.incarnation).inits = times
 
     def _replaced_killed(self, error: RayError) -> bool:
-        """Replace what the demo killed, if that is what failed; what else was called is awaited on as it is."""
+        """Replace the engine that the demo killed, if its call failed. Await the other calls as they are."""
         dead = [engine for engine in self._monitor.engines() if engine.fsm.state is EngineState.DEAD]
         killed = [engine for engine in dead if self._board.life(engine.fsm.name, engine.fsm.incarnation).was_killed]
         if not isinstance(error, ActorDiedError) or not dead or dead != killed:

@@ -1,4 +1,4 @@
-"""A Ray of the demo's own: on loopback, with nothing that a bringup does not need, and gone afterwards."""
+"""The demo's own Ray: on loopback, without the parts that a bringup does not need. It ends with the demo."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _END_TIMEOUT_S = 10.0
 
 @contextmanager
 def local_ray() -> Iterator[None]:
-    """Run a Ray for the time of the block. At its end every process that it left below this one is ended.
+    """Run a Ray for the time of the block. At the end kill each process that Ray leaves below this one.
 
-    An interrupt that comes while Ray starts takes effect once it has: half a Ray does not end in good order.
+    A Ctrl-C while Ray starts takes effect once Ray has started: a Ray that is half started does not end in good order.
     """
     os.environ.update(
         RAY_AUTH_MODE="disabled",  # nobody else can reach it
@@ -34,20 +34,20 @@ def local_ray() -> Iterator[None]:
         **keepalive.VARIABLES,
     )
     ray_constants.ENABLE_RAY_CLUSTER = False
-    # With log_to_driver=False Ray still prints a paragraph for each worker that dies, which get() says as well.
+    # With log_to_driver=False Ray still prints a paragraph for each worker that dies. get() tells of it anyway.
     ray_worker.print_to_stdstream = _drop
     try:
         with _sigint_held():
             ray.init(
                 address="local",
-                num_cpus=1,  # how many workers are started in advance; the engines ask for none
+                num_cpus=1,  # the number of workers that Ray starts in advance; engines ask for no CPU
                 num_gpus=0,
                 include_dashboard=False,
                 logging_level=logging.ERROR,
                 log_to_driver=False,
                 _node_ip_address="127.0.0.1",
             )
-        # Ray's own handler aborts the process, and leaves its engines to find out.
+        # Ray's own handler aborts the process without ending its engines.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         yield
     finally:

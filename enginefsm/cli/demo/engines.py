@@ -1,4 +1,4 @@
-"""The actors of the demo: the library's own engine classes, which also say how often their `init` ran."""
+"""The actors of the demo: the rehearsal's engine classes, which also count how often their `init` ran."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class _Counted:
 
 
 class StandInEngine(_Counted, standin.StandInEngine):
-    """The stand-in, counted."""
+    """The stand-in, with a count of `init`."""
 
 
 class SGLangEngine(_Counted, sglang.SGLangEngine):
-    """The real one, counted."""
+    """The real SGLang engine, with a count of `init`."""
 
 
 def start_actor(engine: str, plan: EnginePlan, *, model: str, log_dir: Path) -> ActorHandle[Any]:
-    """Start the actor of a planned engine. It asks Ray for no resources: all of them are on this machine anyway."""
+    """Start the actor of a planned engine. It asks Ray for no resources, since all actors share this machine."""
     cls: Any
     arguments: tuple[Any, ...] = ()
     if engine == "sglang":

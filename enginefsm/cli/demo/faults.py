@@ -1,4 +1,4 @@
-"""Injects the planned faults into the engines' processes, each at its moment."""
+"""Injects the planned faults into the engines' processes, each at its time."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from enginefsm.cli.demo.options import FaultKind
 from enginefsm.cli.demo.plan import Fault
 from enginefsm.rehearsal import chaos
 
-# How long a cut waits for a connection: Ray has none between a break and the call's next submission.
+# How long a cut waits for a connection. Between a break and the next submission Ray has none.
 _CONNECTION_TIMEOUT_S = 20.0
 _POLL_INTERVAL_S = 0.02
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Injection:
-    """What came of a planned fault."""
+    """The result of a planned fault."""
 
     fault: Fault
     incarnation: int
     at_s: float
-    """On the demo's clock."""
+    """The time on the demo's clock."""
     hit: bool
     what: str
-    """In words."""
+    """The result in words."""
 
 
 class Injector:
-    """A thread for each engine that is to be hit. `report` is called from there."""
+    """Runs a thread for each engine that a fault hits. The thread calls `report`."""
 
     def __init__(self, clock_s: Callable[[], float], report: Callable[[Injection], None]) -> None:
         self._clock_s = clock_s
@@ -41,7 +41,7 @@ class Injector:
         self._freezes: list[chaos.Freeze] = []
 
     def begin(self, engine: Engine, pid: int, faults: tuple[Fault, ...]) -> None:
-        """Inject `faults` into the engine's process `pid`, from now on."""
+        """Begin to inject `faults` into the engine's process `pid`."""
         thread = threading.Thread(
             target=self._run, args=(engine, pid, faults), name=f"faults-{engine.fsm.name}", daemon=True
         )
@@ -49,12 +49,12 @@ class Injector:
         thread.start()
 
     def join(self) -> None:
-        """Wait until all faults have been injected, and those that last have passed."""
+        """Wait until all faults have been injected, and all freezes have ended."""
         for thread in self._threads:
             thread.join()
 
     def stop(self) -> None:
-        """Inject no more, and thaw what is frozen."""
+        """Inject no more faults, and thaw the frozen engines."""
         self._stop.set()
         self.join()
         for freeze in self._freezes:
@@ -88,7 +88,7 @@ class Injector:
                 else:
                     self._tell(engine, fault, "no cut: there was no connection", hit=False)
             case FaultKind.KILL:
-                # Told first: what the kill brings about is seen at once, on other threads.
+                # Told first: other threads see the death at once.
                 self._tell(engine, fault, f"killed (SIGKILL to pid {pid})")
                 chaos.kill(pid)
             case FaultKind.FREEZE:

@@ -1,4 +1,4 @@
-"""What the user of the demo chooses, checked before anything is started."""
+"""The options of the demo, checked before anything starts."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pathlib import Path
 import psutil
 
 MOST_ENGINES = 64
-# What one engine takes, measured: a Ray worker and the server below it.
+# The measured memory of one engine: a Ray worker and the server below it.
 _MEMORY_GB = {"stand-in": 0.12, "sglang": 1.6}
 
 
 class DemoError(ValueError):
-    """A demo that cannot be run as asked; the message says why and what to do, in one line."""
+    """The demo cannot run as asked. The message says why and what to do, in one line."""
 
 
 class FaultKind(StrEnum):
-    """What can hit an engine."""
+    """A kind of fault."""
 
     CUT = "cut"
     KILL = "kill"
@@ -27,7 +27,7 @@ class FaultKind(StrEnum):
 
 
 def parse_faults(text: str) -> tuple[FaultKind, ...]:
-    """Read a list of fault kinds, separated by commas, or `none`. Raises DemoError for any other word."""
+    """Return the fault kinds that `text` lists, separated by commas, or `none`. Raise DemoError for another word."""
     words = [word.strip() for word in text.split(",")]
     if words == ["none"]:
         return ()
@@ -39,17 +39,17 @@ def parse_faults(text: str) -> tuple[FaultKind, ...]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Options:
-    """What to demonstrate. Raises DemoError for what cannot be."""
+    """The options of one demo. Raise DemoError if it cannot run."""
 
     engines: int = 4
     faults: tuple[FaultKind, ...] = (FaultKind.CUT,)
     seed: int = 0
     engine: str = "stand-in"
     model: Path | None = None
-    """For `engine="sglang"`; None makes a tiny one."""
+    """The model's directory, for `engine="sglang"`; None makes a tiny model."""
     metrics_port: int = 0
     events: Path | None = None
-    """Where a log of events is written, for `enginefsm report`."""
+    """The file for an event log, which `enginefsm report` reads."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.engines <= MOST_ENGINES:

@@ -1,4 +1,4 @@
-"""Which faults hit which engine, and when: a matter of the seed alone."""
+"""Chooses which faults hit which engine, and when. The seed alone decides."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ class Fault:
     engine: str
     kind: FaultKind
     at_s: float
-    """After the engine's `init` was called. A second cut waits for Ray to have told of the first."""
+    """Seconds after the call of the engine's `init`. A second cut waits until Ray has reported the first."""
     for_s: float = 0.0
-    """How long a freeze lasts."""
+    """The length of a freeze, in seconds."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EnginePlan:
-    """What one engine goes through."""
+    """The plan of one engine."""
 
     name: str
     load_s: float
-    """How long a stand-in takes to load."""
+    """The load time of a stand-in, in seconds."""
     faults: tuple[Fault, ...]
 
 
 def make_plan(
     names: Sequence[str], kinds: Sequence[FaultKind], seed: int, load_s: tuple[float, float]
 ) -> list[EnginePlan]:
-    """Deal the faults out.
+    """Return a plan for each engine.
 
-    One engine at most is killed: that is enough to fail a bringup. The other kinds are dealt in turn to the others,
-    so that every kind hits somebody, and each engine is hit in one way.
+    At most one engine is killed, because one death fails a bringup. The other engines get the other kinds in turn, so
+    that each kind hits an engine, and each engine is hit by one kind.
 
     Args:
         names: The engines.
         kinds: The kinds of faults, at most one for each engine.
-        seed: The same one makes the same plan.
-        load_s: Between which bounds the time lies that an engine takes to load.
+        seed: The seed of the choices. The same seed makes the same plan.
+        load_s: The shortest and the longest load time of an engine.
     """
     dice = random.Random(seed)
     order = dice.sample(list(names), k=len(names))

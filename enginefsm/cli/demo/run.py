@@ -1,4 +1,4 @@
-"""Puts the demo together, runs it, and takes everything down again."""
+"""Puts the demo together, runs it, and takes everything down."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from enginefsm.export import EventLog
 from enginefsm.metrics.collector import MetricsServer
 
 _ADDR = "127.0.0.1"
-# How long an engine takes to load, at least and at most. SGLang takes as long as it takes: there it places the faults.
+# The shortest and the longest load of a stand-in. For SGLang, whose load time is its own, it only places the faults.
 _LOAD_S = {"stand-in": (4.0, 5.5), "sglang": (12.0, 20.0)}
 _LAUNCH_DEADLINE_S = {"stand-in": 120.0, "sglang": 900.0}
 
 
 def run(options: Options) -> bool:
-    """Run the demo; says whether what should come up did, and what should die did.
+    """Run the demo. Return whether each engine came up or died as it should.
 
     Raises:
-        DemoError: the metrics port cannot be had, or no tiny model can be made.
-        KeyboardInterrupt: it was interrupted; everything is shut down.
+        DemoError: the metrics port is taken, or no tiny model can be made.
+        KeyboardInterrupt: the user interrupted the demo. Everything is shut down.
     """
-    # One line for each step of an engine is shown here; of the library's log only a listener's failure is news.
+    # The demo shows each step itself. Of the library's log only the failures of listeners are news.
     logging.getLogger("enginefsm").addFilter(_is_failure)
     directory = Path(tempfile.mkdtemp(prefix="enginefsm-demo-"))
     keep = False
@@ -132,7 +132,7 @@ def _serve_metrics(monitor: EngineMonitor, port: int) -> MetricsServer:
 
 
 def _make_tiny_model(directory: Path) -> str:
-    # In a process of its own: this one needs no torch afterwards.
+    # In a child process, so that this process need not load torch.
     command = [sys.executable, "-m", "enginefsm.rehearsal.tiny_model", str(directory)]
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     if made.returncode != 0:

@@ -1,4 +1,4 @@
-"""What is seen of a bringup: a live table on a terminal, a line for each event elsewhere, and a summary after both."""
+"""Shows a bringup: a live table on a terminal, one line for each event elsewhere, and a summary at the end."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _COLUMNS: tuple[Column, ...] = (
 
 
 class View(Protocol):
-    """Shows a bringup while it runs. All but entering and leaving it may be called from any thread."""
+    """Shows a bringup while it runs. Any thread may call its methods, but one thread enters and leaves it."""
 
     def __enter__(self) -> Self: ...
     def __exit__(
@@ -41,10 +41,10 @@ class View(Protocol):
     ) -> None: ...
 
     def note(self, text: str, style: str = "") -> None:
-        """Say something at this moment."""
+        """Show a text now."""
 
     def failure(self, error: Exception) -> None:
-        """Show what `get` raised."""
+        """Show the exception that `get` raised."""
 
     def event(self, event: Event) -> None:
         """Show an event of the monitor."""
@@ -54,7 +54,7 @@ class View(Protocol):
 
 
 class Lines:
-    """A line for each event."""
+    """Prints one line for each event."""
 
     def __init__(self, console: Console, clock_s: Callable[[], float]) -> None:
         self._console = console
@@ -67,11 +67,11 @@ class Lines:
         pass
 
     def note(self, text: str, style: str = "") -> None:
-        """Print it, with the time."""
+        """Print the text with the time."""
         say(self._console, f"{self._clock_s():6.1f} s  {text}", style)
 
     def failure(self, error: Exception) -> None:
-        """Print what the last lines of its traceback are."""
+        """Print the last lines of the exception's traceback."""
         self.note(_RAISED, "bold red")
         for line in _as_seen(error).split("\n"):
             say(self._console, f"          | {line}", "red")
@@ -89,7 +89,7 @@ class Lines:
 
 
 class LiveTable(Lines):
-    """A table that is redrawn in place; faults and failures scroll by above it."""
+    """Redraws a table in place. Faults and failures scroll by above it."""
 
     def __init__(
         self,
@@ -115,11 +115,11 @@ class LiveTable(Lines):
         self._live.stop()
 
     def failure(self, error: Exception) -> None:
-        """Frame it: these are long lines."""
+        """Print the exception in a frame, because its lines are long."""
         self._console.print(Panel(Text(_as_seen(error)), title=_RAISED, title_align="left", border_style="red"))
 
     def event(self, event: Event) -> None:
-        """Leave it to the table."""
+        """Do nothing: the table shows the step."""
 
     def _draw(self) -> Group:
         all_engines = self._engines()
@@ -153,12 +153,12 @@ class LiveTable(Lines):
 
 
 def say(console: Console, text: str, style: str = "") -> None:
-    """Print one line; a terminal wraps it between words."""
+    """Print one line. A terminal wraps it between words."""
     console.print(Text(text, style), soft_wrap=not console.is_terminal)
 
 
 def summarize(console: Console, lives: Sequence[Life], heading: str, came_up: bool) -> bool:
-    """Print what was injected and what came of it; says whether all is as it should be."""
+    """Print the faults and their results. Return whether each engine came up or died as it should."""
     say(console, heading, "bold")
     title_width = max((len(life.title) for life in lives), default=0)
     faults_width = max((len(_faults(life)) for life in lives), default=0)
@@ -178,7 +178,7 @@ def summarize(console: Console, lives: Sequence[Life], heading: str, came_up: bo
 
 
 def _faults(life: Life) -> str:
-    """Say what hit it: `cut at 1.2, 3.4 s`. An engine is hit in one way."""
+    """Return the faults of an engine, which are of one kind: `cut at 1.2, 3.4 s`."""
     moments_s = ", ".join(f"{each.at_s:.1f}" for each in life.injections if each.hit)
     hits = [f"{life.injections[0].fault.kind} at {moments_s} s"] if moments_s else []
     missed = [f"{each.fault.kind} missed" for each in life.injections if not each.hit]
@@ -196,5 +196,5 @@ def _outcome(life: Life) -> str:
 
 
 def _as_seen(error: Exception) -> str:
-    # Ray colours its own, for a terminal that it takes for granted.
+    # Ray colours its exceptions also if there is no terminal.
     return Text.from_ansi("".join(traceback.format_exception_only(error))).plain.rstrip("\n")

@@ -1,6 +1,6 @@
 """`enginefsm report`: one page, or one trace, of event logs (their format: `enginefsm.export.jsonl`).
 
-`reading` reads the lines, `history` makes of them what became of each engine, `page` and `perfetto` show it.
+`reading` reads the lines, `history` puts the history of each engine together, `page` and `perfetto` show it.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from enginefsm.cli.report import page, perfetto
+from enginefsm.cli.report import perfetto
 from enginefsm.cli.report.history import History
 from enginefsm.cli.report.reading import ReportError, read
 from enginefsm.export._files import write_atomically
@@ -19,10 +19,10 @@ _MOST_COMPLAINTS = 20
 
 
 def make(events: Sequence[Path], kind: str, complain: Callable[[str], None]) -> bytes:
-    """Make the page (`html`) or the trace (`perfetto`) of event logs.
+    """Return the page (`html`) or the trace (`perfetto`) of event logs.
 
-    `complain` is told of the lines that were passed over. Raises ReportError when a file cannot be read, or when there
-    are no events in any.
+    Call `complain` with a text for each line that is passed over. Raise ReportError if a file cannot be read, or if no
+    file has an event.
     """
     history, passed_over = History(), 0
     for path in events:
@@ -40,11 +40,13 @@ def make(events: Sequence[Path], kind: str, complain: Callable[[str], None]) -> 
         raise ReportError(f"there are no events in {', '.join(map(str, events))}")
     if kind == "perfetto":
         return perfetto.render(runs)
+    from enginefsm.cli.report import page  # needs jinja2, which a trace does not
+
     return page.render(runs, [path.name for path in events], passed_over)
 
 
 def write(content: bytes, output: Path, events: Sequence[Path]) -> None:
-    """Put it at `output`, as a whole or not at all. Raises ReportError when that cannot be done."""
+    """Write the report to `output`, as a whole or not at all. Raise ReportError if that fails."""
     if output.exists() and any(path.exists() and output.samefile(path) for path in events):
         raise ReportError(f"-o {output} is the event log itself: name another file")
     try:

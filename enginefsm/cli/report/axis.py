@@ -14,14 +14,14 @@ _STEPS_S = (
 
 
 class Tick(NamedTuple):
-    """A place on the axis, in seconds from its start, and what stands there."""
+    """A tick: its place on the axis, in seconds from the start, and its text."""
 
     at_s: float
     text: str
 
 
 def ticks(length_s: float, about: int) -> list[Tick]:
-    """Round times from 0 to `length_s`, `about` so many at most, in seconds; in larger units on a long axis."""
+    """Return about `about` round times from 0 to `length_s`, in seconds, or in larger units on a long axis."""
     step_s = next((step for step in _STEPS_S if length_s / step <= about), _STEPS_S[-1])
     unit_s, unit = _unit(length_s, step_s)
     digits = max(0, -math.floor(math.log10(step_s / unit_s) + 1e-9))

@@ -1,4 +1,4 @@
-"""What became of each engine, put together from events."""
+"""The history of each engine, put together from events."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Span(NamedTuple):
 
     state: str
     reason: str
-    """Why the engine came into it; empty if the log does not say."""
+    """The reason of the state; empty if the log does not say it."""
     start_s: float
     end_s: float
     ended: bool
@@ -38,7 +38,7 @@ class Mark(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """What is drawn: `fault` for a first submission, `failed` and `answered` for one that was made again."""
+        """What the page draws: `fault` for a first submission, `failed` or `answered` for a later one."""
         if not self.attempt:
             return "fault"
         return "failed" if self.fault else "answered"
@@ -57,55 +57,55 @@ class Life:
 
     @property
     def title(self) -> str:
-        """The engine's name, with the incarnation if it is not the first."""
+        """Return the engine's name, with the incarnation if it is not the first."""
         return self.engine if self.incarnation == 1 else f"{self.engine} #{self.incarnation}"
 
     @property
     def launched_s(self) -> float:
-        """When its first known state began, in seconds since the epoch."""
+        """Return when its first known state began, in seconds since the epoch."""
         first = self.steps[0]
         return float(first["at_s"]) - max(0.0, float(first["spent_s"]))
 
     @property
     def state(self) -> str:
-        """The last one; `released` if it was let go of, and empty if the log has calls alone."""
+        """Return the last state; `released` after a release; empty if the log has only calls of it."""
         if not self.steps:
             return ""
         return "released" if self.reason == Reason.RELEASED else str(self.steps[-1]["to"])
 
     @property
     def reason(self) -> str:
-        """Why it is in that state."""
+        """Return the reason of that state."""
         return str(self.steps[-1]["reason"]) if self.steps else ""
 
     @property
     def ready_after_s(self) -> float | None:
-        """From its launch until it was ready for the first time, in seconds; None if it never was."""
+        """Return the seconds from its launch until it was first ready; None if it never was."""
         return next((float(step["age_s"]) for step in self.steps if step["first_ready"]), None)
 
     @property
     def died(self) -> bool:
-        """Whether it is dead, and not by release."""
+        """Return whether it is dead and was not released."""
         return self.state == EngineState.DEAD
 
     @property
     def unavailable_s(self) -> float:
-        """How long it was unavailable, in seconds, all times together."""
+        """Return how long it was unavailable in total, in seconds."""
         return sum(span.end_s - span.start_s for span in self.spans if span.state == EngineState.UNAVAILABLE)
 
     @property
     def faults(self) -> int:
-        """How many calls failed."""
+        """Return the number of calls that failed."""
         return sum(mark.fault for mark in self.marks)
 
     @property
     def reawaits(self) -> int:
-        """How many calls were submitted again."""
+        """Return the number of repeated submissions."""
         return sum(mark.attempt > 0 for mark in self.marks)
 
     @property
     def is_smooth(self) -> bool:
-        """Whether it came up, or is on its way, without a fault."""
+        """Return whether it has had no fault so far."""
         return not self.marks and not self.died and not self.unavailable_s
 
 
@@ -115,9 +115,9 @@ class Manager:
 
     manager: str
     about: EventJson = dataclasses.field(default_factory=dict)
-    """Its `begin`."""
+    """The manager's `begin` event."""
     ended_s: float | None = None
-    """When it ended in good order."""
+    """When it ended in good order; None if it did not."""
     dropped: int = 0
     lives: dict[tuple[str, int], Life] = dataclasses.field(default_factory=dict)
     seen: set[int] = dataclasses.field(default_factory=set)
@@ -125,7 +125,7 @@ class Manager:
     last_s: float = float("-inf")
 
     def engines(self) -> dict[str, list[Life]]:
-        """The incarnations of each engine, in their order."""
+        """Return the incarnations of each engine, in their order."""
         by_name: dict[str, list[Life]] = defaultdict(list)
         for life in sorted(self.lives.values(), key=lambda life: life.incarnation):
             by_name[life.engine].append(life)
@@ -134,35 +134,35 @@ class Manager:
 
 @dataclasses.dataclass(slots=True)
 class Run:
-    """One run: its managers, by when they began."""
+    """One run and its managers, in the order in which they began."""
 
     run: str
     managers: list[Manager]
 
     @property
     def lives(self) -> list[Life]:
-        """Every incarnation of every engine."""
+        """Return each incarnation of each engine."""
         return [life for manager in self.managers for life in manager.lives.values()]
 
     @property
     def start_s(self) -> float:
-        """When the first engine was launched, in seconds since the epoch."""
+        """Return when the first launch began, in seconds since the epoch."""
         return min(manager.first_s for manager in self.managers)
 
     @property
     def end_s(self) -> float:
-        """The last that the log says, in seconds since the epoch."""
+        """Return the time of the last event, in seconds since the epoch."""
         return max(manager.last_s for manager in self.managers)
 
 
 class History:
-    """Takes events in, in any order of managers."""
+    """Collects events; those of several managers may come in any order."""
 
     def __init__(self) -> None:
         self._managers: dict[tuple[str, str], Manager] = {}
 
     def add(self, event: EventJson) -> None:
-        """Take an event in; one that comes twice counts once."""
+        """Take an event in. An event that comes twice counts once."""
         manager = self._managers.setdefault((event["run"], event["manager"]), Manager(event["manager"]))
         kind = event["kind"]
         if kind == "begin":
@@ -195,7 +195,7 @@ class History:
             )  # fmt: skip
 
     def runs(self) -> list[Run]:
-        """Every run that has engines, by name."""
+        """Return each run that has engines, sorted by name."""
         by_run: dict[str, list[Manager]] = defaultdict(list)
         for (run, _), manager in self._managers.items():
             if manager.lives:
@@ -214,7 +214,7 @@ class History:
 
 
 def _spans(steps: list[EventJson], until_s: float) -> list[Span]:
-    """The times in states. What the log lacks is filled in from what the next step says of it."""
+    """Return the times in each state. If the log lacks a step, the next step tells when its state began."""
     spans: list[Span] = []
     for before, step in zip([None, *steps], steps, strict=False):
         if step["from"] is None:

@@ -1,7 +1,7 @@
 """The trace of runs, in Chrome's trace event format, which Perfetto and chrome://tracing open.
 
-A manager is a process, an engine a thread; states are slices, with a slice's reason among its arguments; calls that
-failed or were submitted again are instants. Times are microseconds since the first event.
+A manager is a process, and an engine is a thread. A state is a slice whose arguments hold its reason. A call that
+failed or was submitted again is an instant. Times are microseconds since the first event.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _COLOURS = {"launching": "thread_state_runnable", "ready": "good", "unavailable"
 
 
 def render(runs: list[Run]) -> bytes:
-    """The trace as JSON."""
+    """Return the trace as JSON."""
     began_s = min(run.start_s for run in runs)
     trace = {
         "displayTimeUnit": "ms",
@@ -31,7 +31,7 @@ def render(runs: list[Run]) -> bytes:
 
 def _events(runs: list[Run], began_s: float) -> Iterator[dict[str, Any]]:
     managers = [(run, manager) for run in runs for manager in run.managers]
-    # No number is a manager's and an engine's: Perfetto takes a thread that has its process's for its main thread.
+    # Managers and engines share no number: Perfetto takes a thread with the number of its process for its main thread.
     tids = itertools.count(len(managers) + 1)
     for pid, (run, manager) in enumerate(managers, 1):
         where = f"{manager.about.get('host', '?')}, pid {manager.about['pid']}" if "pid" in manager.about else ""
@@ -49,7 +49,7 @@ def _events(runs: list[Run], began_s: float) -> Iterator[dict[str, Any]]:
 def _life(life: Life, began_s: float) -> Iterator[dict[str, Any]]:
     for span in life.spans:
         start_us, end_us = _us(span.start_s, began_s), _us(span.end_s, began_s)
-        if span is life.spans[-1]:  # where the log ends with it, it has no length, and is drawn below the one before
+        if span is life.spans[-1]:  # a slice of no length is drawn below the one before it
             end_us = max(end_us, start_us + 1)
         yield {
             "ph": "X", "cat": "state", "name": span.state, "ts": start_us, "dur": end_us - start_us,

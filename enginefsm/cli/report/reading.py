@@ -1,4 +1,4 @@
-"""Reads event logs, a line at a time. A line that cannot be understood says why, and costs no other."""
+"""Reads event logs, a line at a time. A line that is no event carries the reason; the other lines count."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EventJson = dict[str, Any]
 
 
 class ReportError(Exception):
-    """A report that cannot be made; the message says why, in one line."""
+    """The report cannot be made. The message says why, in one line."""
 
 
 class Line(NamedTuple):
@@ -23,11 +23,11 @@ class Line(NamedTuple):
     number: int
     event: EventJson
     problem: str
-    """Why it is no event; empty if it is one."""
+    """Why the line is no event; empty if it is one."""
 
 
 def read(path: Path) -> Iterator[Line]:
-    """Give the lines that are of a known kind, and those that cannot be understood. Raises ReportError."""
+    """Yield the events of known kinds, and the lines that are no events. Raise ReportError if it cannot be read."""
     try:
         with path.open("rb") as file:
             for number, text in enumerate(file, 1):
@@ -113,7 +113,7 @@ _FIELDS: Mapping[str, Mapping[str, Callable[[object], bool]]] = {
 
 
 def _checked(event: Any) -> EventJson | None:
-    """Give the event; None if it is of a kind that is not known here."""
+    """Return the event, or None if this version does not know its kind. Raise _NoEventError if it is no event."""
     if not isinstance(event, dict) or not isinstance(event.get("kind"), str):
         raise _NoEventError("not an event: it has no kind")
     fields = _FIELDS.get(event["kind"])

@@ -1,9 +1,12 @@
-"""The timeline: an engine a row, its states as spans, and the calls that failed or were submitted again as marks."""
+"""The timeline of a run, laid out for `timeline.html.jinja`: an engine a row, with its states and its calls."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
-from html import escape
+from typing import NamedTuple
+
+from markupsafe import Markup
 
 from enginefsm.cli.order import natural
 from enginefsm.cli.report.axis import ticks
@@ -12,107 +15,115 @@ from enginefsm.cli.times import duration
 from enginefsm.fsm.states import EngineState, Reason
 
 _FEW = 40
-"""Engines above which the rows are low."""
+"""Above so many engines the rows are low."""
 _ZOOMS = (1, 4, 16, 64)
 _TICKS = 9
-_MARKS = {
-    "fault": '<path d="M0 0 L4.5 -8 L-4.5 -8 Z"/>',
-    "failed": '<circle r="4"/><path d="M-2 -2 L2 2 M-2 2 L2 -2"/>',
-    "answered": '<circle r="4"/>',
-    "died": '<path d="M-4 -4 L4 4 M-4 4 L4 -4"/>',
+_SHAPES = {
+    "fault": Markup('<path d="M0 0 L4.5 -8 L-4.5 -8 Z"/>'),
+    "failed": Markup('<circle r="4"/><path d="M-2 -2 L2 2 M-2 2 L2 -2"/>'),
+    "answered": Markup('<circle r="4"/>'),
+    "died": Markup('<path d="M-4 -4 L4 4 M-4 4 L4 -4"/>'),
 }
 _MEANINGS = {
     "fault": "call failed", "failed": "re-await failed", "answered": "re-await answered", "died": "died",
 }  # fmt: skip
+_LEGEND = {state.value: (5, 4) if state is EngineState.DEAD else (1, 12) for state in EngineState}
 
 
-def timeline(run: Run, manager_text: Callable[[Manager], str]) -> Iterator[str]:
-    """The timeline of a run, as HTML. `manager_text` heads the rows of each manager where there are several."""
+class TickView(NamedTuple):
+    """A tick of the axis, and where it stands."""
+
+    at: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shape:
+    """One thing in a row: a state (`rect`), a call (`use`) or a release (`line`)."""
+
+    element: str
+    kind: str
+    at: str
+    y: int
+    width: str = ""
+    height: int = 0
+    text: str = ""
+    """What the reader sees when the pointer is on it."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Row:
+    """One engine, all its incarnations."""
+
+    engine: str
+    is_smooth: bool
+    shapes: list[Shape]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ManagerRows:
+    """The engines of one monitor."""
+
+    text: str
+    """The heading; empty where the run has one monitor alone."""
+    rows: list[Row]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Timeline:
+    """What the template draws."""
+
+    size: str
+    ticks: dict[int, list[TickView]]
+    """By zoom."""
+    managers: list[ManagerRows]
+    shapes = _SHAPES
+    meanings = _MEANINGS
+    legend = _LEGEND
+
+
+def timeline(run: Run, manager_text: Callable[[Manager], str]) -> Timeline:
+    """Lay out the timeline of a run. `manager_text` heads the rows of each monitor if there are several."""
     start_s, length_s = run.start_s, max(run.end_s - run.start_s, 0.001)
     count = sum(len(manager.engines()) for manager in run.managers)
-    size = "few" if count <= _FEW else "many"
-    yield '<h3>Timeline <span class="faint shown"></span></h3>\n'
-    yield from _legend(size)
-    yield f'<div class="timeline {size}" data-zoom="1"><div class="lanes"><div class="grid"><svg>'
-    yield from _ticks(length_s, lambda at, _: f'<line x1="{at}" x2="{at}" y1="0" y2="100%"/>')
-    yield '</svg></div>\n<div class="row axis"><div class="label">since the first launch</div><svg>'
-    yield from _ticks(
-        length_s, lambda at, text: f'<line x1="{at}" x2="{at}" y1="22" y2="28"/><text x="{at}" y="17">{text}</text>'
-    )
-    yield "</svg></div>\n"
-    for manager in run.managers:
-        if run.managers[1:]:
-            yield f'<div class="manager">{manager_text(manager)}</div>\n'
-        for name, lives in sorted(manager.engines().items(), key=lambda one: natural(one[0])):
-            smooth = int(all(life.is_smooth for life in lives))
-            shown = escape(name)
-            yield f'<div class="row" data-engine="{shown}" data-smooth="{smooth}">'
-            yield f'<div class="label" title="{shown}">{shown}</div><svg>'
-            for life in lives:
-                yield from _life(life, start_s, length_s, size)
-            yield "</svg></div>\n"
-    yield "</div></div>\n"
-
-
-def _ticks(length_s: float, drawn: Callable[[str, str], str]) -> Iterator[str]:
-    """The axis's ticks for each zoom; `drawn` gives one, from where it is and what it says."""
-    for zoom in _ZOOMS:
-        yield f'<g class="ticks z{zoom}">'
-        yield from (drawn(_percent(tick.at_s, length_s), tick.text) for tick in ticks(length_s, _TICKS * zoom))
-        yield "</g>"
-
-
-def _legend(size: str) -> Iterator[str]:
-    yield '<svg width="0" height="0" style="position:absolute" aria-hidden="true"><defs>'
-    scale = "" if size == "few" else ' transform="scale(.72)"'
-    yield from (f'<g id="{kind}-{size}"{scale}>{shape}</g>' for kind, shape in _MARKS.items())
-    yield '</defs></svg>\n<div class="controls"><div class="legend">'
-    for state in EngineState:
-        height, top = (4, 5) if state is EngineState.DEAD else (12, 1)
-        yield (
-            f'<span><svg width="22" height="14"><rect class="{state}" x="1" y="{top}" width="20" height="{height}" '
-            f'rx="2"/></svg>{state}</span>'
+    is_low = count > _FEW
+    ticks_of = {
+        zoom: [TickView(_percent(tick.at_s, length_s), tick.text) for tick in ticks(length_s, _TICKS * zoom)]
+        for zoom in _ZOOMS
+    }
+    managers = [
+        ManagerRows(
+            manager_text(manager) if run.managers[1:] else "",
+            [
+                Row(
+                    name,
+                    all(life.is_smooth for life in lives),
+                    [shape for life in lives for shape in _life(life, start_s, length_s, is_low)],
+                )
+                for name, lives in sorted(manager.engines().items(), key=lambda one: natural(one[0]))
+            ],
         )
-    for kind, meaning in _MEANINGS.items():
-        top = 11 if kind == "fault" else 7
-        use = f'<use href="#{kind}-{size}" class="{kind}" x="7" y="{top}"/>'
-        yield f'<span><svg width="14" height="14">{use}</svg>{meaning}</span>'
-    yield '</div><div class="zoom">zoom '
-    for zoom in _ZOOMS:
-        pressed = "true" if zoom == 1 else "false"
-        yield f'<button type="button" value="{zoom}" aria-pressed="{pressed}">{zoom}x</button> '
-    yield "</div></div>\n"
+        for manager in run.managers
+    ]
+    return Timeline("many" if is_low else "few", ticks_of, managers)
 
 
-def _life(life: Life, start_s: float, length_s: float, size: str) -> Iterator[str]:
-    top, height = (6, 14) if size == "few" else (3, 9)
+def _life(life: Life, start_s: float, length_s: float, is_low: bool) -> Iterator[Shape]:
+    top, height = (3, 9) if is_low else (6, 14)
     for span in life.spans:
-        thin = span.state == EngineState.DEAD  # it is no more, until another takes its place
+        thin = span.state == EngineState.DEAD  # nothing is there until another takes its place
         y, tall = (top + height // 2 - height // 6, height // 3) if thin else (top, height)
-        at, width = (
-            _percent(span.start_s - start_s, length_s),
-            _percent(span.end_s - span.start_s, length_s),
-        )
-        yield (
-            f'<rect class="{span.state}" x="{at}" width="{width}" y="{y}" height="{tall}">'
-            f"<title>{escape(_of_span(life, span, start_s))}</title></rect>"
-        )
+        at, width = _percent(span.start_s - start_s, length_s), _percent(span.end_s - span.start_s, length_s)
+        yield Shape("rect", span.state, at, y, width, tall, _of_span(life, span, start_s))
         if thin:
-            yield f'<use href="#died-{size}" class="died" x="{at}" y="{top + height // 2}"/>'
+            yield Shape("use", "died", at, top + height // 2)
     if life.reason == Reason.RELEASED:
         at_s = float(life.steps[-1]["at_s"]) - start_s
-        at = _percent(at_s, length_s)
-        yield (
-            f'<line class="released" x1="{at}" x2="{at}" y1="{top - 2}" y2="{top + height + 2}" stroke-width="2">'
-            f"<title>{escape(life.title)}: released at {at_s:.2f} s</title></line>"
-        )
+        text = f"{life.title}: released at {at_s:.2f} s"
+        yield Shape("line", "released", _percent(at_s, length_s), top - 2, height=height + 4, text=text)
     for mark in life.marks:
         y = top + height // 2 if mark.kind != "fault" else top + 3
-        at = _percent(mark.at_s - start_s, length_s)
-        yield (
-            f'<use href="#{mark.kind}-{size}" class="{mark.kind}" x="{at}" y="{y}">'
-            f"<title>{escape(_of_mark(life, mark, start_s))}</title></use>"
-        )
+        yield Shape("use", mark.kind, _percent(mark.at_s - start_s, length_s), y, text=_of_mark(life, mark, start_s))
 
 
 def _of_span(life: Life, span: Span, start_s: float) -> str:

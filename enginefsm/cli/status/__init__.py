@@ -1,7 +1,7 @@
-"""`enginefsm status` and `enginefsm watch`: what the cluster's hub knows, for people and for machines.
+"""`enginefsm status` and `enginefsm watch`: show what the hub of the cluster knows, to people and to machines.
 
-`finding` gets the hub's JSON, within bounds and without a Ray of its own; `words` tells it in plain text, `look` as
-tables on a terminal, and `watching` again and again.
+`finding` reads the hub's JSON within bounds and starts no Ray. `words` shows it as plain text, `look` as tables on a
+terminal, and `watching` shows it until Ctrl-C.
 """
 
 from enginefsm.cli.status.finding import HubReader, NothingToSeeError, checked_run

@@ -1,4 +1,4 @@
-"""What the hub knows, as tables on a terminal."""
+"""Shows the hub's JSON as tables on a terminal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _COLUMNS: tuple[Column, ...] = (
     ("node", "left", 2),
 )
 _LINES_OF_RUN = 5
-"""Its title, the table's header and frame, and what is left out."""
+"""The title, the table's header and frame, and the line that counts the engines left out."""
 
 
 def tables(
@@ -34,14 +34,15 @@ def tables(
     passed_s: float = 0.0,
     notice: str = "",
 ) -> Group:
-    """Every run with a table of its engines.
+    """Return each run with a table of its engines.
 
     Args:
         fleet: The hub's JSON.
-        height: How many lines there are; runs that ended are then told in a line, and of the others what is not well.
-        most_ready: Where more are ready in a run, these are counted, not named.
-        passed_s: How long ago the JSON was read, in seconds.
-        notice: What else is to be said.
+        height: The number of lines on the screen. Each run that ended then takes one line, and the tables of the other
+            runs leave out ready engines first. None sets no limit.
+        most_ready: If more engines of a run are ready, they are counted and not named.
+        passed_s: The age of the JSON, in seconds.
+        notice: A line to add below the tables.
     """
     parts: list[RenderableType] = []
     with_table = [run for run in fleet["runs"] if run["engines"] and (height is None or run["state"] != "stopped")]

@@ -1,4 +1,4 @@
-"""What the hub knows, again and again: a table that is redrawn on a terminal, a line for each change elsewhere."""
+"""Shows what the hub knows until Ctrl-C: a table that is redrawn on a terminal, one line for each change elsewhere."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _REFRESHES_PER_S = 2
 def watch_lines(
     reader: HubReader, run: str | None, interval_s: float, write: Callable[[str], object] | None = None
 ) -> None:
-    """Write what is there, and then each change, until interrupted. A hub that does not answer is told of once.
+    """Write what the hub knows, and then each change, until Ctrl-C. Write once that the hub has stopped answering.
 
-    Raises NothingToSeeError when there is nothing to begin with.
+    Raise NothingToSeeError if the first look finds nothing.
     """
     before: FleetJson | None = None
     lost = False
@@ -39,9 +39,9 @@ def watch_lines(
 
 
 def watch_table(reader: HubReader, run: str | None, interval_s: float) -> None:
-    """Draw what is there until interrupted; the last picture stays.
+    """Draw what the hub knows until Ctrl-C. The last picture stays on the terminal.
 
-    Raises NothingToSeeError when there is nothing to begin with.
+    Raise NothingToSeeError if the first look finds nothing.
     """
     from rich.console import Console
     from rich.live import Live

@@ -1,4 +1,4 @@
-"""What the hub knows, in plain text: for pipes and logs, and where rich is not installed."""
+"""Shows the hub's JSON as plain text, for pipes and logs, and if rich is not installed."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ Key = tuple[str, str, str, str]
 
 
 def printable(text: str) -> str:
-    """The text without what a terminal would obey."""
+    """Return the text with control characters made visible, so that a terminal does not obey them."""
     return text if text.isprintable() else "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 def title(engine: Mapping[str, Any]) -> str:
-    """The engine's name, with its incarnation if that is not the first."""
+    """Return the engine's name, with the incarnation if it is not the first."""
     name = printable(engine["engine"])
     return name if engine["incarnation"] == 1 else f"{name} #{engine['incarnation']}"
 
 
 def reason(engine: Mapping[str, Any]) -> str:
-    """Why the engine is where it is: how far its launch is, while it launches."""
+    """Return the reason of the engine's state, or the stage of its launch while it launches."""
     return printable(why(engine["reason"], engine.get("stage")))
 
 
 def run_name(run: Mapping[str, Any]) -> str:
-    """The run's name, or what stands for one."""
+    """Return the run's name, or a text in its place if it has none."""
     return printable(run["run"]) or "(a run without a name)"
 
 
 def counted(run: Mapping[str, Any]) -> str:
-    """How many of its engines are in which state: `7 of 8 ready, 1 dead`."""
+    """Return how many of the run's engines are in each state: `7 of 8 ready, 1 dead`."""
     counts = run["counts"]
     others = [f"{counts[state]} {state}" for state in URGENCY if state != EngineState.READY and counts[state]]
     return ", ".join([f"{counts[EngineState.READY]} of {sum(counts.values())} ready", *others])
 
 
 def summary(run: Mapping[str, Any], now_s: float) -> str:
-    """The run in one line, but for its name."""
+    """Return the run in one line, without its name."""
     heard = duration(now_s - run["heartbeat_s"])
     life = {
         "alive": f"alive, heard of {heard} ago",
@@ -57,7 +57,7 @@ def summary(run: Mapping[str, Any], now_s: float) -> str:
 
 
 def lines(fleet: FleetJson, *, most_ready: int | None = None) -> Iterator[str]:
-    """Every run and its engines, those first that are not well; `most_ready` bounds how many ready ones are told."""
+    """Yield each run and its engines, ready ones last. If more than `most_ready` are ready, only count them."""
     for place, run in enumerate(fleet["runs"]):
         if place:
             yield ""
@@ -90,12 +90,12 @@ def _urgency(state: str) -> int:
 
 
 def key(run: Mapping[str, Any], engine: Mapping[str, Any]) -> Key:
-    """What tells an engine from all others."""
+    """Return the key of an engine among all engines of all runs."""
     return run["run"], engine["model"], engine["worker_type"], engine["engine"]
 
 
 def changes(before: FleetJson | None, now: FleetJson) -> Iterator[str]:
-    """What has changed, a line each. Without a `before`: the runs, and the engines that are not ready."""
+    """Yield one line for each change. Without a `before`, yield the runs and the engines that are not ready."""
     old_runs = {run["run"]: run for run in before["runs"]} if before else {}
     old = {key(run, engine): engine for run in old_runs.values() for engine in run["engines"]}
     for run in now["runs"]:
