@@ -1,4 +1,4 @@
-"""What the library raises of its own. What a wait raises is also the Ray exception that callers already catch."""
+"""The exceptions of enginefsm's own. Those that a wait raises are also the Ray exceptions that callers catch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from enginefsm.policy import RestartCap
 
 
 class RetryExhaustedError(ActorUnavailableError):
-    """An engine could not be reached within the policy's bounds; its `__cause__` is Ray's last error.
+    """An engine could not be reached within the bounds. If a call failed, `__cause__` is Ray's last error.
 
-    The engine is dead to the monitor from here on, whatever its actor does.
+    From here on the engine is dead to the monitor, whatever its actor does.
     """
 
     def __init__(self, message: str, actor_id: str) -> None:
-        # Ray's own constructor words a message of its own around the binary id.
+        # Ray's own constructor would make a message of its own from the binary id.
         super(ActorUnavailableError, self).__init__(actor_id=actor_id, error_msg=message)
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -26,7 +26,7 @@ class RetryExhaustedError(ActorUnavailableError):
 
 
 class LaunchDeadlineError(GetTimeoutError):
-    """Engines had not ended their launch method by the policy's `launch_deadline_s`; it names each of them."""
+    """Engines had not ended their launch method by the policy's `launch_deadline_s`. The message names each of them."""
 
 
 class UnsupportedRayError(ImportError):
@@ -34,7 +34,7 @@ class UnsupportedRayError(ImportError):
 
 
 class ActorRestartedError(ActorDiedError):
-    """Ray restarted the actor under an engine: what its launch method had set up is gone with the old process."""
+    """Ray restarted the actor under an engine. What the launch method had set up went with the old process."""
 
     def __init__(self, message: str, actor_id: str) -> None:
         super(ActorDiedError, self).__init__(actor_id=actor_id, error_msg=message)
@@ -44,16 +44,16 @@ class ActorRestartedError(ActorDiedError):
 
 
 class RestartCapError(RuntimeError):
-    """An engine has been replaced as often as the monitor's `RestartCap` allows, and is not to be again."""
+    """An engine has been replaced as often as the monitor's `RestartCap` allows, and was not adopted again."""
 
     def __init__(self, engine: str, history: Sequence[Incarnation], cap: RestartCap, allowed_in_s: float) -> None:
         self.engine = engine
-        """Its name."""
+        """The name of the engine."""
         self.history = tuple(history)
-        """What became of its incarnations, oldest first."""
+        """What became of each incarnation, oldest first."""
         self.cap = cap
         self.allowed_in_s = allowed_in_s
-        """Seconds until the cap allows one more restart; infinity for never."""
+        """Seconds until the cap allows one more restart, or infinity."""
         super().__init__(engine, history, cap, allowed_in_s)
 
     def __str__(self) -> str:
@@ -62,6 +62,6 @@ class RestartCapError(RuntimeError):
         return (
             f"engine {self.engine!r} was not adopted: restart_cap allows {self.cap.restarts} restarts within "
             f"{self.cap.within_s:g} s{when}. Its incarnations ended by: {ends}. Find out why it does not stay up, and "
-            f"go on without it. The actor that was not adopted is yours to kill; ask may_restart({self.engine!r}) "
-            f"before you create one."
+            f"go on without it. Kill the actor that was not adopted. Call may_restart({self.engine!r}) before you "
+            f"create one."
         )

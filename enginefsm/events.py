@@ -1,4 +1,4 @@
-"""What a monitor tells its listeners. A listener is any callable that takes one event."""
+"""The events that a monitor tells its listeners. A listener is a callable that takes one event."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class CallOutcome(NamedTuple):
     method: str
     outcome: Outcome
     attempt: int
-    """0 for the first submission; above it, the re-await of that number."""
+    """0 for the first submission, and the number of the resubmission otherwise."""
     took_s: float
     """From the submission to its outcome."""
     probe: bool
-    """Whether the call was a probe."""
+    """Whether the submission asked if the launch had succeeded."""
     incarnation: int
-    """Of the engine."""
+    """The incarnation of the engine."""
     at_s: float
-    """When: seconds since the epoch."""
+    """When it came, in seconds since the epoch."""
 
 
 Event = Transition | CallOutcome

@@ -33,7 +33,7 @@ from enginefsm.fsm.verdicts import VerdictLimits
 from enginefsm.health.checker import Fleet, Settings
 from enginefsm.health.monitor import HealthMonitor, Verdict
 from enginefsm.metrics.collector import FleetMetrics, MetricsServer
-from enginefsm.policy import RestartCap, RetryPolicy
+from enginefsm.policy import RestartCap, RetryPolicy, check_seconds
 
 logger = logging.getLogger("enginefsm")
 
@@ -193,7 +193,7 @@ class EngineMonitor:
         several = isinstance(calls, Sequence)
         awaited = [self._awaited(one) for one in _given(calls, timeout)]
         try:
-            values = wait_blocking(self._wait(), awaited, timeout, self._delivery.deliver)
+            values = wait_blocking(self._wait(timeout), awaited, self._delivery.deliver, self._ask_stages)
         except Exception:
             self._flush_terminal()
             raise
@@ -212,7 +212,9 @@ class EngineMonitor:
             await turn()
             awaited.append(self._awaited(one))
         try:
-            values = await wait_on_loop(self._wait(), awaited, timeout, self._delivery.deliver_aside, self._doing)
+            values = await wait_on_loop(
+                self._wait(timeout), awaited, self._delivery.deliver_aside, self._ask_stages, self._doing
+            )
         except Exception:
             await self._flushing.run(self._flush_terminal, FLUSH_S)
             raise
@@ -352,8 +354,11 @@ class EngineMonitor:
             )
         return engine.plain_ref(one)
 
-    def _wait(self) -> Wait:
-        return Wait(self.policy, self._registry.engines, self._delivery.put, lambda: self.stages.look(STAGE_S))
+    def _wait(self, timeout_s: float | None) -> Wait:
+        return Wait(self.policy, self._registry.engines, self._delivery.put, timeout_s, time.monotonic())
+
+    def _ask_stages(self) -> None:
+        self.stages.look(STAGE_S)
 
 
 class ExportedFleet:
@@ -368,8 +373,8 @@ class ExportedFleet:
 
 
 def _given(calls: Any, timeout: float | None) -> list[Any]:
-    if timeout is not None and timeout < 0:
-        raise ValueError(f"timeout is a number of seconds, 0 or more, or None, not {timeout!r}")
+    if timeout is not None:
+        check_seconds("timeout", timeout)
     return list(calls) if isinstance(calls, Sequence) else [calls]
 
 

@@ -1,26 +1,31 @@
 """What runs inside the engine's actor: a call that runs once, however often it is submitted.
 
-`run_once` is for sync and threaded actors, `run_once_on_loop` for asyncio actors, which have `carry` as a method.
+`run_once` serves sync and threaded actors. `run_once_on_loop` serves asyncio actors, which have `carry` as a method.
 
-These functions are shipped by value to actors whose environment has no enginefsm, so this file imports the standard
-library and nothing of enginefsm, and the book that it keeps in the actor's process is made of plain containers:
-another monitor may bring another release of this file.
+The caller ships these functions by value, because the actor's environment may have no enginefsm. So this file imports
+only the standard library. The book that it keeps in the actor's process is made of plain containers, because another
+monitor may bring another release of this file.
 
 The book of an actor:
-    actor      the actor instance; a process of Ray's holds one, a test's may hold several
+    actor      the actor instance. A process of Ray's holds one; a test's may hold several
     run        `run_once` or `run_once_on_loop`, as the first caller brought it
     changed    a condition around everything below
-    callers    {caller: page}, where a caller is one monitor that adopted this actor, and a page is
+    callers    {caller: page}. A caller is one monitor that adopted this actor. A page is
         below      every call with a lower number is settled: its caller has the outcome and will not ask again
-        heard      no call from this number on is settled, as far as the caller has said
-        open       nor are these, of those between the two
-        unseen     those settled that have not come yet: given up on the way, they run once all the same
-        late       whether Ray had restarted the actor by the time the caller first came to this process
+        heard      the caller has settled no call from this number on
+        open       the calls between the two that are not settled either
+        unseen     settled calls that have not come yet. The caller gave them up on the way; they run once all the same
+        late       whether Ray had restarted the actor before the caller first came to this process
         seen_at    when the caller was last heard of
-        calls      {number: entry} of those that came and are not settled
-        held       {number: entry} of those of them that hold an outcome, in the order in which they ended
-An entry is [status, value, ended_at, attempt, wakers, cancel]: `attempt` is the newest that asked for it, `wakers` are
-called when something has become of it, and `cancel` cancels the task in which it runs; both are for event loops.
+        calls      {number: entry} of the calls that came and are not settled
+        held       {number: entry} of those that hold an outcome, in the order in which they ended
+    An entry is
+        status     one of the five below
+        value      what the method returned, or its exception with the traceback
+        ended_at   when the method ended
+        attempt    the newest submission that asked for the call
+        wakers     called when the entry changes; for event loops
+        cancel     cancels the task in which the method runs; for event loops
 """
 
 from __future__ import annotations
@@ -37,31 +42,43 @@ import threading
 import time
 import types
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-Header = tuple[str, int, int, bool, tuple[int, tuple[int, ...]], str, tuple[str, ...]]
-"""Caller, number and attempt of the call; whether the actor has answered the caller before; what the caller has
-settled; the method, and the names of its keywords."""
 
-# Where the books are: not on the actor, which may restore, copy or pickle its own state. The number is that of the
-# layout of the book and of the header.
-SHELF = "_enginefsm_books_1"
-MAX_OUTCOMES = 10_000  # held for one caller; past it the oldest is dropped
-# An outcome so old is dropped when anybody next calls, a caller so long silent, with no call open, when a new one does.
+class Header(NamedTuple):
+    """What a submission says of its call. It travels as a plain tuple, which is small and needs no class there."""
+
+    caller: str
+    number: int
+    attempt: int
+    answered: bool
+    """Whether the actor has answered the caller before."""
+    settled: tuple[int, tuple[int, ...]]
+    """What the caller has settled: all numbers below the first, and those of the second."""
+    method: str
+    keywords: tuple[str, ...]
+
+
+# Where the books are. Not on the actor, which may restore, copy or pickle its own state. The number counts the layouts
+# of the book and of the header.
+SHELF = "_enginefsm_books_2"
+MAX_OUTCOMES = 10_000
+"""How many outcomes are held for one caller. Past it the oldest is dropped."""
 MAX_AGE_S = 3600.0
+"""An outcome of this age is dropped at the next call of anybody. A caller that was silent for so long and has no call
+open is forgotten when a new caller comes."""
 RESTARTED = "enginefsm: this actor was restarted, and the earlier process took the call with it"
 DROPPED = "enginefsm: the outcome of this call is no longer remembered"
 
 _RUNNING, _RETURNED, _RAISED, _SETTLED, _DROPPED = "running", "returned", "raised", "settled", "dropped"
-_STATUS, _VALUE, _ENDED_AT, _ATTEMPT, _WAKERS, _CANCEL = range(6)
 _SUSPENDS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ITERABLE_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
-def enter(code: bytes | None, header: Header, actor: Any, *values: Any) -> Any:
-    """Run what `code` is a pickle of.
+def enter(code: bytes | None, header: tuple[Any, ...], actor: Any, *values: Any) -> Any:
+    """Run the function of which `code` is a pickle.
 
-    It is unpickled once an actor, and no longer sent once the actor has answered its caller: a process that then
-    does not have it is a new one.
+    It is unpickled once in an actor. The caller no longer sends it once the actor has answered, so a process that does
+    not have it then is a new one.
     """
     books = sys.modules.setdefault(SHELF, types.ModuleType(SHELF)).__dict__.setdefault("books", {})
     book = books.setdefault(id(actor), {"actor": actor})
@@ -73,18 +90,20 @@ def enter(code: bytes | None, header: Header, actor: Any, *values: Any) -> Any:
 
 
 async def carry(actor: Any, carrier: Any, *values: Any) -> Any:
-    """The method by which an asyncio actor is called: a coroutine, which Ray awaits, as it would not await a value."""
+    """Be the method through which an asyncio actor is called. Ray awaits a coroutine method, but no returned value."""
     return await carrier(actor, *values)
 
 
-def run_once(book: dict[str, Any], header: Header, *values: Any) -> Any:
-    """Run a method of the book's actor under its call's number, or give the outcome that it had.
+def run_once(book: dict[str, Any], submitted: tuple[Any, ...], *values: Any) -> Any:
+    """Run a method of the book's actor under its call's number, or return the outcome that it had.
 
-    The last of `values` belong to the header's keywords: they travel by position, since Ray resolves references only
-    at the top level, and a keyword of the method must not meet one of ours. A submission that finds the method
-    running waits for it; only the newest attempt at a call waits, so that repeated attempts do not fill an actor's
-    threads. What a superseded attempt returns reaches nobody.
+    The last of `values` belong to the header's keywords. They travel by position, because Ray resolves references only
+    at the top level, and because a keyword of the method must not meet one of ours.
+
+    A submission that finds the method running waits for it. Only the newest attempt at a call waits, so that repeated
+    attempts do not fill the actor's threads. A superseded attempt returns to nobody.
     """
+    header = Header(*submitted)
     changed = book.setdefault("changed", threading.Condition())
     with changed:
         page, entry, runs_it = _admit(changed, book, header)
@@ -105,32 +124,33 @@ def run_once(book: dict[str, Any], header: Header, *values: Any) -> Any:
     return value
 
 
-async def run_once_on_loop(book: dict[str, Any], header: Header, *values: Any) -> Any:
-    """`run_once` on an event loop: what can be awaited is, and a submission that waits keeps no thread.
+async def run_once_on_loop(book: dict[str, Any], submitted: tuple[Any, ...], *values: Any) -> Any:
+    """Do on an event loop what `run_once` does. Coroutines are awaited, and a submission that waits keeps no thread.
 
-    An actor with concurrency groups has a loop, in a thread, for each. A method that is not a coroutine function runs
-    on the loop itself, as Ray would run it. Cancelling the newest submission cancels the method, in whichever
-    submission it runs.
+    An actor with concurrency groups has one loop, in a thread, for each group. A method that is not a coroutine
+    function runs on the loop itself, as Ray would run it. Cancelling the newest submission cancels the method, in
+    whichever submission it runs.
     """
+    header = Header(*submitted)
     changed = book.setdefault("changed", threading.Condition())
     loop = asyncio.get_running_loop()
     with changed:
         page, entry, runs_it = _admit(changed, book, header)
         if runs_it:
             task = asyncio.current_task()
-            entry[_CANCEL] = None if task is None else functools.partial(loop.call_soon_threadsafe, task.cancel)
+            entry["cancel"] = None if task is None else functools.partial(loop.call_soon_threadsafe, task.cancel)
     while not runs_it:
         with changed:
             if not _is_to_wait(entry, header):
                 return _given(entry, header)
             woken = loop.create_future()
-            entry[_WAKERS].append(functools.partial(loop.call_soon_threadsafe, _wake, woken))
+            entry["wakers"].append(functools.partial(loop.call_soon_threadsafe, _wake, woken))
         try:
             await woken
         except asyncio.CancelledError:
             with changed:
-                if _is_to_wait(entry, header) and entry[_CANCEL] is not None:
-                    entry[_CANCEL]()
+                if _is_to_wait(entry, header) and entry["cancel"] is not None:
+                    entry["cancel"]()
             raise
     frame = None
     try:
@@ -149,62 +169,64 @@ async def run_once_on_loop(book: dict[str, Any], header: Header, *values: Any) -
     return value
 
 
-def _admit(changed: Any, book: dict[str, Any], header: Header) -> tuple[dict[str, Any], list[Any], bool]:
-    """Take a submission into the book: the page, the call's entry, and whether the method is to be run for it."""
-    caller, number, attempt, answered, settled, _, _ = header
+def _admit(changed: Any, book: dict[str, Any], header: Header) -> tuple[dict[str, Any], dict[str, Any], bool]:
+    """Take a submission into the book. Return the page, the call's entry, and whether to run the method for it."""
+    number, attempt = header.number, header.attempt
     callers = book.setdefault("callers", {})
-    page = _page(callers, caller, settled[0], came_before=answered or attempt > 0)
-    _settle(page, *settled)
-    changed.notify_all()  # whoever waits for a call that was given up may go
-    for each in callers.values():  # a caller that says nothing more drops nothing itself
+    page = _page(callers, header.caller, header.settled[0], came_before=header.answered or attempt > 0)
+    _settle(page, *header.settled)
+    changed.notify_all()  # submissions that wait for a call that was given up may go
+    for each in callers.values():  # a caller that is silent drops nothing itself
         _drop_oldest(each)
     entry = page["calls"].get(number)
     if entry is not None:
-        if attempt > entry[_ATTEMPT]:
-            entry[_ATTEMPT] = attempt
+        if attempt > entry["attempt"]:
+            entry["attempt"] = attempt
             _tell(entry)
         return page, entry, False
     given_up = number in page["unseen"]
     page["unseen"].discard(number)
     if not given_up and _is_settled(page, number):
-        return page, [_SETTLED, None, 0.0, attempt, [], None], False  # a late duplicate of a settled call
+        return page, _entry(_SETTLED, attempt), False  # a late duplicate of a settled call
     if attempt > 0 and page["late"]:
         raise RuntimeError(RESTARTED)  # its first attempt may have begun in the earlier process
-    entry = [_SETTLED if given_up else _RUNNING, None, 0.0, attempt, [], None]
+    entry = _entry(_SETTLED if given_up else _RUNNING, attempt)
     if not given_up:
         page["calls"][number] = entry
     return page, entry, True
 
 
-def _is_to_wait(entry: list[Any], header: Header) -> bool:
-    _, _, attempt, _, _, _, _ = header
-    return bool(entry[_STATUS] == _RUNNING and entry[_ATTEMPT] == attempt)
+def _entry(status: str, attempt: int) -> dict[str, Any]:
+    return {"status": status, "value": None, "ended_at": 0.0, "attempt": attempt, "wakers": [], "cancel": None}
 
 
-def _given(entry: list[Any], header: Header) -> Any:
-    """The outcome that a call had, for its newest attempt."""
-    _, _, attempt, _, _, _, _ = header
-    status, value = entry[_STATUS], entry[_VALUE]
-    if entry[_ATTEMPT] != attempt:
+def _is_to_wait(entry: dict[str, Any], header: Header) -> bool:
+    return bool(entry["status"] == _RUNNING and entry["attempt"] == header.attempt)
+
+
+def _given(entry: dict[str, Any], header: Header) -> Any:
+    """Return, or raise, the outcome that a call had, to its newest attempt."""
+    status, value = entry["status"], entry["value"]
+    if entry["attempt"] != header.attempt:
         return None
     if status == _RAISED:
         raised, trace = value
-        raise raised.with_traceback(trace)  # which would grow with every time it is raised
+        raise raised.with_traceback(trace)  # without this the traceback grows each time it is raised
     if status == _DROPPED:
         raise RuntimeError(DROPPED)
     return value
 
 
 def _bound(book: dict[str, Any], header: Header, values: tuple[Any, ...]) -> tuple[Any, Any, dict[str, Any]]:
-    """The method of the call, its arguments, and those by keyword."""
-    *_, method, keywords = header
-    split = len(values) - len(keywords)
-    return getattr(book["actor"], method), values[:split], dict(zip(keywords, values[split:], strict=True))
+    """Return the method of the call, its positional arguments, and its keyword arguments."""
+    split = len(values) - len(header.keywords)
+    kwargs = dict(zip(header.keywords, values[split:], strict=True))
+    return getattr(book["actor"], header.method), values[:split], kwargs
 
 
-def _tell(entry: list[Any]) -> None:
-    """Wake the loops' tasks that wait for something to become of the entry."""
-    wakers, entry[_WAKERS] = entry[_WAKERS], []
+def _tell(entry: dict[str, Any]) -> None:
+    """Wake the tasks on event loops that wait for the entry to change."""
+    wakers, entry["wakers"] = entry["wakers"], []
     for wake in wakers:
         with contextlib.suppress(RuntimeError):  # that loop has been closed
             wake()
@@ -216,11 +238,11 @@ def _wake(woken: asyncio.Future[None]) -> None:
 
 
 def _forget_locals(error: BaseException, ended: types.FrameType | None = None) -> None:
-    """A remembered exception must not keep alive what the method had in its variables, tensors included.
+    """Clear the frames of an exception, so that it does not keep alive the method's variables, tensors included.
 
-    The frames of coroutines and generators stay as they are, but for that of the method itself, which has `ended`: an
-    exception may have come by way of one that goes on (a background loop that passes it to a future, say), and to
-    clear that one's frame would end it.
+    The frames of coroutines and generators are left as they are, except the method's own, which has `ended`. The
+    exception may have come through a coroutine that goes on (a background loop that passes it to a future, say).
+    Clearing that one's frame would end it.
     """
     chain: dict[int, BaseException] = {}
     found: list[BaseException | None] = [error]
@@ -247,14 +269,14 @@ def _page(callers: dict[str, Any], caller: str, below: int, came_before: bool) -
     now = time.monotonic()
     if caller not in callers:
         late = _was_restarted()
-        # Whoever has come to this actor before is in its book, unless the process is a new one.
+        # A caller that has come to this actor before is in its book, unless the process is a new one.
         if came_before and late:
             raise RuntimeError(RESTARTED)
         for name, page in list(callers.items()):
-            # Forgetting a call that may be asked for again would run it again.
+            # A call that is forgotten and then asked for would run again.
             if not page["calls"] and now - page["seen_at"] >= MAX_AGE_S:
                 del callers[name]
-        first = max(0, below - MAX_OUTCOMES)  # no more than so many are taken for unseen
+        first = max(0, below - MAX_OUTCOMES)  # no more than so many count as unseen
         callers[caller] = {
             "below": first, "heard": first, "open": set(), "unseen": set(), "late": late, "seen_at": now, "calls": {},
             "held": collections.OrderedDict(),
@@ -264,12 +286,12 @@ def _page(callers: dict[str, Any], caller: str, below: int, came_before: bool) -
 
 
 def _was_restarted() -> bool:
-    ray = sys.modules["ray"]  # there is one in every actor; importing it elsewhere would start a cluster
+    ray = sys.modules["ray"]  # every actor has it; importing it elsewhere would start a cluster
     return bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
 
 def _settle(page: dict[str, Any], below: int, also: tuple[int, ...]) -> None:
-    """Take in what the caller has settled. Of a settled call nothing is kept, but that it is not in `open`."""
+    """Take in what the caller has settled. Nothing is kept of a settled call, except that it is not in `open`."""
     heard = max(page["heard"], below, *(number + 1 for number in also))
     page["open"].update(range(page["heard"], heard))
     page["heard"] = heard
@@ -292,25 +314,24 @@ def _drop_oldest(page: dict[str, Any]) -> None:
     held, oldest_kept = page["held"], time.monotonic() - MAX_AGE_S
     while held:
         number, entry = next(iter(held.items()))
-        if len(held) <= MAX_OUTCOMES and entry[_ENDED_AT] >= oldest_kept:
+        if len(held) <= MAX_OUTCOMES and entry["ended_at"] >= oldest_kept:
             return
         _release(page, number, entry, _DROPPED)
 
 
-def _release(page: dict[str, Any], number: int, entry: list[Any], status: str) -> None:
+def _release(page: dict[str, Any], number: int, entry: dict[str, Any], status: str) -> None:
     page["held"].pop(number, None)
-    entry[_STATUS], entry[_VALUE] = status, None
+    entry["status"], entry["value"] = status, None
     _tell(entry)
 
 
 def _end(
-    changed: threading.Condition, page: dict[str, Any], header: Header, entry: list[Any], status: str, value: Any
+    changed: threading.Condition, page: dict[str, Any], header: Header, entry: dict[str, Any], status: str, value: Any
 ) -> None:
-    _, number, _, _, _, _, _ = header
     with changed:
-        entry[_CANCEL] = None
-        if entry[_STATUS] == _RUNNING:  # else its caller gave it up meanwhile, and nobody will ask
-            entry[_STATUS], entry[_VALUE], entry[_ENDED_AT] = status, value, time.monotonic()
-            page["held"][number] = entry
+        entry["cancel"] = None
+        if entry["status"] == _RUNNING:  # else its caller gave it up meanwhile, and nobody will ask for it
+            entry["status"], entry["value"], entry["ended_at"] = status, value, time.monotonic()
+            page["held"][header.number] = entry
             changed.notify_all()
             _tell(entry)

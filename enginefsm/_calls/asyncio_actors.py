@@ -1,4 +1,4 @@
-"""Asyncio actors as engines: the class that Ray is given."""
+"""Asyncio actors as engines: the class to give to Ray."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ C = TypeVar("C", bound=type)
 
 
 def monitored(cls: C) -> C:
-    """The class to make an asyncio actor of, for an engine: `ray.remote(enginefsm.monitored(cls))`.
+    """Return the class to make an asyncio actor of, for an engine: `ray.remote(enginefsm.monitored(cls))`.
 
-    Ray awaits nothing that is not a method of the actor's class. So the class given back has, besides all that `cls`
-    has, one method more, by which `adopt` and calls reach the others. Its name, module and text are those of `cls`,
-    which is not changed; it is sent to the actor by value, and needs no enginefsm there.
+    Ray awaits only methods of the actor's class. So the returned class has one method more than `cls`, through which
+    `adopt` and calls reach the others. Its name, module and docstring are those of `cls`, which is not changed. It is
+    sent to the actor by value, and needs no enginefsm there.
 
-    A class without coroutine methods is given back as it is: `adopt` takes its actors already, and one coroutine
-    method would have Ray run all of them on an event loop.
+    A class without coroutine methods is returned as it is. `adopt` takes its actors already, and one coroutine method
+    would make Ray run all its methods on an event loop.
 
-    Raises TypeError when `cls` is not a class, or is an actor class already.
+    Raises TypeError if `cls` is not a class, or is an actor class already.
     """
     if not isinstance(cls, type):
         raise TypeError(

@@ -1,4 +1,4 @@
-"""What may be adopted and watched: bad input is refused, in words, before anything has changed."""
+"""Refuses bad arguments of `adopt` and `watch`, in words, before anything has changed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_adopted(
         raise TypeError(f"{handle!r} is not a Python actor: no Python call can be sent to it")
     if _ray_handles.is_asyncio(handle) and not _ray_handles.is_monitored(handle):
         raise TypeError(
-            f"{handle!r} is an asyncio actor, on which a remembered call cannot run; "
+            f"{handle!r} is an asyncio actor, and its class lacks the method through which calls are sent; "
             f"create it from ray.remote(enginefsm.monitored(cls)) instead"
         )
     if not isinstance(name, str) or not name:
@@ -54,8 +54,8 @@ def check_watched(
         raise TypeError(f"on_dead is called with each verdict; {on_dead!r} cannot be called")
     if inspect.iscoroutinefunction(on_dead):
         raise TypeError(
-            f"on_dead is called on a thread, where nobody would await {on_dead!r}: take a plain function, which "
-            f"hands what is to be awaited to its event loop (asyncio.run_coroutine_threadsafe)"
+            f"on_dead is called on a thread, where nobody would await {on_dead!r}: pass a plain function. It can hand "
+            f"a coroutine to an event loop with asyncio.run_coroutine_threadsafe()"
         )
     for engine in (engine for group in groups for engine in group):
         if not isinstance(engine, Engine):

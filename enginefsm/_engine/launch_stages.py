@@ -1,7 +1,7 @@
-"""How far the actors of launching engines are, as Ray tells it: what a launch that takes long is waiting for.
+"""How far the actors of launching engines are, as Ray says: what a launch that takes long is waiting for.
 
-It is told to people, and moves nothing. Ray is asked in a thread of its own, about all launching engines at once: the
-GCS may be frozen or gone, and neither a caller nor its event loop is to wait for that.
+People read it, and it moves no engine. A thread of its own asks Ray about all launching engines at once, because the
+GCS may be frozen or gone, and neither a caller nor its event loop must wait for that.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from enginefsm._ray.control_plane import Creation
 from enginefsm.fsm.states import EngineState, LaunchStage
 
 EVERY_S = 5.0
-"""How often Ray is asked for the exporters; for a message, if the last answer is older than `FRESH_S`."""
+"""How often Ray is asked for the exporters. For a message it is asked if its last answer is older than `FRESH_S`."""
 FRESH_S = 1.0
 ANSWER_S = 1.0
-"""How long Ray may take to answer. One that did not is asked again after `EVERY_S`, whoever asks."""
+"""How long Ray may take to answer. If it did not answer, it is asked again after `EVERY_S`, whatever for."""
 
 
 class LaunchStages:
-    """Tells the launching engines among `engines()` what stage they have reached. Thread-safe."""
+    """Tells the launching engines among `engines()` which stage they have reached. Thread-safe."""
 
     def __init__(self, engines: Callable[[], Iterable[ManagedEngine]]) -> None:
         self._engines = engines
@@ -35,7 +35,7 @@ class LaunchStages:
         self._answered = True
 
     def look(self, wait_s: float, *, fresh_s: float = FRESH_S) -> None:
-        """Ask Ray, unless it was asked within `fresh_s`, and wait for its answer, `wait_s` at most (0: not at all)."""
+        """Ask Ray, unless it was asked within `fresh_s`, and wait for its answer for at most `wait_s` seconds."""
         with self._lock:
             asking = self._asking
             if asking is None or not asking.is_alive():
@@ -48,7 +48,7 @@ class LaunchStages:
                 asking = threading.Thread(target=self._ask, args=(launching,), name="enginefsm-stages", daemon=True)
                 try:
                     asking.start()
-                except RuntimeError:  # the interpreter ends, or there are too many threads: then nobody is told
+                except RuntimeError:  # the interpreter ends, or there are too many threads: stages stay unknown
                     return
                 self._asking, self._asked_at = asking, now
         asking.join(wait_s)

@@ -4,31 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 import threading
 import time
-import weakref
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
-from enginefsm._calls.calls import Awaited, Awaiter, LaunchedIf, Ledger, PlainRef
+from enginefsm._calls.calls import Awaited, Awaiter, LaunchedIf
+from enginefsm._calls.ledger import Ledger
+from enginefsm._calls.plain_ref import PlainRef
+from enginefsm._engine.resubmissions import Resubmissions
 from enginefsm._ray import handles as _ray_handles
 from enginefsm.fsm.incarnations import FIRST, INCARNATIONS_KEPT, Incarnation, Lineage
+from enginefsm.fsm.outages import OutageTracker
 from enginefsm.fsm.outcomes import Outcome, reason_for
 from enginefsm.fsm.states import GIVEN_UP, STATES, EngineRecord, EngineState, LaunchStage, Reason, Transition, why
-from enginefsm.policy import HELD_S, Outage, RetryPolicy
+from enginefsm.policy import RetryPolicy
 
 PLAIN_REFS_KEPT = 100  # an engine
 BY_CONSTRUCTOR = "__ray_ready__"
-"""The launch method of an engine that its constructor makes ready: Ray's own, which any actor answers."""
+"""The launch method of an engine that its constructor makes ready. Ray's own, which any actor answers."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EngineSnapshot:
-    """One engine at one moment: what is said here was true together."""
+    """One engine at one moment: everything here was true together."""
 
     engine: str
     labels: Mapping[str, str]
@@ -39,12 +41,12 @@ class EngineSnapshot:
     since_s: float
     """When it entered the state, in seconds since the epoch."""
     spent_s: Mapping[EngineState, float]
-    """Seconds spent in each state that it left, before `since_s`."""
+    """Seconds spent in each earlier state, before `since_s`."""
     ever_ready: bool
     stage: LaunchStage | None
-    """How far its launch is, or was when its deadline passed; None when that is not known."""
+    """How far its launch is, or was when its deadline passed. None if that is not known."""
     past: tuple[Incarnation, ...]
-    """What became of those before it under its name, oldest first."""
+    """What became of the earlier incarnations of its name, oldest first."""
     detail: str = ""
     """What happened when it entered the state, in one line."""
 
@@ -70,13 +72,12 @@ class ManagedEngine:
     """
 
     __slots__ = (
-        "_again_at",
         "_emit",
         "_lock",
-        "_outage",
+        "_outages",
         "_plain_refs",
         "_record",
-        "_resting",
+        "_resubmissions",
         "_wakers",
         "awaiter",
         "handle",
@@ -116,14 +117,13 @@ class ManagedEngine:
         # Not the object itself: in a cycle with the handle, it would keep the actor alive until a garbage collection.
         self.proxy: Callable[[], Any] = _nobody
         """Gives the engine that users hold, or None."""
-        self._wakers: set[Callable[[], None]] = set()
+        self._wakers: dict[Callable[[], None], None] = {}  # a set takes three times the memory
         self._plain_refs: dict[str, PlainRef] = {}
         self._record = record
         self._lock = threading.Lock()
         self._emit = emit
-        self._outage: Outage | None = None
-        self._again_at = 0.0  # the moment at which all that rest are submitted again, monotonic
-        self._resting: list[weakref.ref[Awaited]] = []
+        self._outages = OutageTracker()
+        self._resubmissions = Resubmissions()
 
     @property
     def name(self) -> str:
@@ -195,12 +195,12 @@ class ManagedEngine:
         return f"Engine({self.name!r}, {self.state.value}, {self.handle!r})"
 
     def time_in_states(self) -> dict[EngineState, float]:
-        """Seconds spent in each state so far."""
+        """Return the seconds spent in each state so far."""
         with self._lock:
             return self._record.time_in_states(time.monotonic())
 
     def snapshot(self) -> EngineSnapshot:
-        """The engine as it is now."""
+        """Return the engine as it is now."""
         with self._lock:
             record = self._record
             return EngineSnapshot(
@@ -217,42 +217,119 @@ class ManagedEngine:
         line = f"engine {self.name!r} ({labels}) incarnation {self.incarnation}: {self.state} ({reason}); {times}"
         return f"{line}; {self.detail}" if detail and self.detail else line
 
-    def step(self, reason: Reason, detail: str = "") -> bool:
-        """Move for `reason` if there is such an edge from here, and say whether the engine moved."""
-        with self._lock:
-            return self._step(reason, detail, time.monotonic())
-
-    def when_given_up(self, wake: Callable[[], None]) -> None:
-        """Have `wake` called when the monitor gives the engine up, under the engine's lock: it may only set a flag."""
-        self._wakers.add(wake)
-
-    def forget_waker(self, wake: Callable[[], None]) -> None:
-        """Have `wake` not called any more."""
-        self._wakers.discard(wake)
-
     def history(self) -> list[Incarnation]:
-        """What became of each incarnation of its name, oldest first, up to this one and with it."""
+        """Return what became of each incarnation of the name, oldest first, this one last."""
         with self._lock:
             return [*self.lineage.past, Incarnation.of(self._record, self.actor_id)][-INCARNATIONS_KEPT:]
 
     def lineage_after(self) -> Lineage:
-        """What its successor is to have as `lineage`, now that it has died or was released."""
+        """Return the `lineage` of the successor, after this engine died or was released."""
         with self._lock:
             return self.lineage.ended(self._record, self.actor_id)
 
     def reached(self, stage: LaunchStage | None) -> None:
-        """Take in how far its launch is, if it is launching still."""
+        """Take in how far the launch is, if the engine is still launching."""
         with self._lock:
             if self._record.state == EngineState.LAUNCHING:
                 self.stage = stage
 
+    def observe(
+        self,
+        outcome: Outcome,
+        *,
+        launches: bool,
+        submitted_at: float,
+        again: bool = False,
+        probed: bool = False,
+        detail: str = "",
+        now: float | None = None,
+    ) -> None:
+        """Take in the outcome of one submission.
+
+        Args:
+            outcome: What Ray said.
+            launches: Whether the call was of the launch method.
+            submitted_at: When it was submitted, on the monotonic clock.
+            again: Whether it was a resubmission.
+            probed: Whether it was a health check that found all well.
+            detail: What happened, in one line.
+            now: The monotonic time, if the caller has read it.
+        """
+        with self._lock:
+            now = time.monotonic() if now is None else now
+            if outcome is Outcome.ACTOR_UNAVAILABLE:
+                self._outages.failed(submitted_at, now, again=again)
+            if outcome in (Outcome.SUCCEEDED, Outcome.METHOD_FAILED):
+                if self.launch == BY_CONSTRUCTOR and self.launched_if is None and not self._record.succeeded:
+                    launches, outcome = True, Outcome.SUCCEEDED  # any answer shows that the constructor has ended
+                if launches and outcome is Outcome.SUCCEEDED:
+                    self._record.succeeded = True
+                is_back = self._outages.answered(submitted_at)
+                if not is_back and (outcome is Outcome.SUCCEEDED or not launches):
+                    return
+                if self._record.reason is Reason.PROBE_FAILED and not probed and not launches:
+                    return  # the actor answered all along: the failure is behind it
+            reason = reason_for(outcome, state=self.state, launches=launches, launched=self._record.succeeded)
+            if reason is not None:
+                self._step(reason, detail, now)
+
+    def suspect(self, reason: Reason, asked_at: float, detail: str = "") -> None:
+        """Mark the engine unavailable after a failed health check that was sent at `asked_at` (monotonic)."""
+        with self._lock:
+            if self._step(reason, detail, time.monotonic()):
+                self._outages.suspected(asked_at)
+
+    def step(self, reason: Reason, detail: str = "") -> bool:
+        """Move for `reason` if there is such an edge from here, and return whether the engine moved."""
+        with self._lock:
+            moved = self._step(reason, detail, time.monotonic())
+        self._wake_waits()
+        return moved
+
+    def give_up(self, reason: Reason, detail: str = "") -> bool:
+        """End the engine for a watch's verdict, unless it is back, and return whether it ended."""
+        with self._lock:
+            ended = self.state is EngineState.UNAVAILABLE and self._step(reason, detail, time.monotonic())
+        self._wake_waits()
+        return ended
+
+    def give_up_launch(self, detail: str = "") -> None:
+        """End the engine for the launch deadline, unless it has launched."""
+        with self._lock:
+            if not self._record.succeeded:
+                self._step(Reason.LAUNCH_DEADLINE, detail, time.monotonic())
+        self._wake_waits()
+
     def given_up_at(self) -> float:
-        """When the monitor gave it up, its bounds spent, on the monotonic clock; infinity if it did not."""
+        """Return when the monitor gave the engine up, on the monotonic clock, or infinity if it did not."""
         with self._lock:
             return self._record.since if self._record.reason in GIVEN_UP else math.inf
 
+    def when_given_up(self, wake: Callable[[], None]) -> None:
+        """Call `wake` when the monitor gives the engine up."""
+        self._wakers[wake] = None
+
+    def forget_waker(self, wake: Callable[[], None]) -> None:
+        """Do not call `wake` any more."""
+        self._wakers.pop(wake, None)
+
+    def plan_resubmission(self, call: Awaited, policy: RetryPolicy, now: float) -> bool:
+        """Have a call submitted again that found the engine unavailable. Return False if it is out of bounds."""
+        with self._lock:
+            return self._resubmissions.plan(call, self._outages.present, policy, now)
+
+    def ask_again(self, call: Awaited, at: float) -> None:
+        """Have a check for the launch submitted again at `at` (monotonic)."""
+        with self._lock:
+            self._resubmissions.put(call, at)
+
+    def due(self, now: float) -> list[Awaited]:
+        """Return the calls to submit again now, in the order in which they were made."""
+        with self._lock:
+            return self._resubmissions.due(now)
+
     def plain_ref(self, ref: ObjectRef[Any]) -> PlainRef:
-        """What is known of a plain reference of its actor: one object, however often and by whomever it is awaited."""
+        """Return what is known of a plain reference of the actor: one object, however often it is awaited."""
         with self._lock:
             known = self._plain_refs.get(ref.hex())
         if known is not None:
@@ -265,7 +342,7 @@ class ManagedEngine:
             return known
 
     def lose(self, ref: PlainRef) -> None:
-        """The reference failed: looking at it again will say nothing new of the engine."""
+        """Note that a plain reference failed: looking at it again will say nothing new of the engine."""
         with self._lock:
             ref.lost = True
             self._remember(ref)
@@ -275,102 +352,6 @@ class ManagedEngine:
         while len(self._plain_refs) > PLAIN_REFS_KEPT:
             self._plain_refs.pop(next(iter(self._plain_refs)))
 
-    def observe(
-        self,
-        outcome: Outcome,
-        *,
-        launches: bool,
-        submitted_at: float,
-        again: bool = False,
-        probed: bool = False,
-        detail: str = "",
-    ) -> None:
-        """Take in the outcome of one submission.
-
-        Args:
-            outcome: What Ray said.
-            launches: Whether the call was of the launch method.
-            submitted_at: When it was submitted, on the monotonic clock.
-            again: Whether it was a resubmission.
-            probed: Whether it was a health check that found all well.
-            detail: What happened, in one line.
-        """
-        with self._lock:
-            now = time.monotonic()
-            held = again and now - submitted_at >= HELD_S
-            if outcome is Outcome.ACTOR_UNAVAILABLE and (self._outage is None or held):
-                self._outage = Outage(since=now)
-            if outcome in (Outcome.SUCCEEDED, Outcome.METHOD_FAILED):
-                if self.launch == BY_CONSTRUCTOR and self.launched_if is None and not self._record.succeeded:
-                    launches, outcome = True, Outcome.SUCCEEDED  # whatever was answered, the constructor had ended
-                if launches and outcome is Outcome.SUCCEEDED:
-                    self._record.succeeded = True
-                if self._outage is None or submitted_at >= self._outage.since:
-                    self._outage = None
-                elif outcome is Outcome.SUCCEEDED or not launches:
-                    return  # asked before the break, and answered before it: no sign that the engine is back
-                if self._record.reason is Reason.PROBE_FAILED and not probed and not launches:
-                    return  # the actor answers, as it did all along: what fails is behind it
-            reason = reason_for(outcome, state=self.state, launches=launches, launched=self._record.succeeded)
-            if reason is not None:
-                self._step(reason, detail, now)
-
-    def suspect(self, reason: Reason, asked_at: float, detail: str = "") -> None:
-        """Mark the engine unavailable after a failed health check that was sent at `asked_at` (monotonic)."""
-        with self._lock:
-            if self._step(reason, detail, time.monotonic()) and self._outage is None:
-                self._outage = Outage(since=asked_at)
-
-    def give_up(self, reason: Reason, detail: str = "") -> bool:
-        """End the engine for a watch's verdict, unless it is back, and say whether it ended."""
-        with self._lock:
-            return self.state is EngineState.UNAVAILABLE and self._step(reason, detail, time.monotonic())
-
-    def give_up_launch(self, detail: str = "") -> None:
-        """End the engine for the launch deadline, unless it has launched."""
-        with self._lock:
-            if not self._record.succeeded:
-                self._step(Reason.LAUNCH_DEADLINE, detail, time.monotonic())
-
-    def plan_resubmission(self, policy: RetryPolicy, call: Awaited) -> bool:
-        """Set when `call`, which found the engine unavailable, is to be submitted again; False when out of bounds.
-
-        All that rest are submitted at one moment, so that the actor gets them in the order in which they were made.
-        """
-        with self._lock:
-            now = time.monotonic()
-            if self._outage is None:
-                # Another thread's call was answered since: the engine is back already.
-                call.resubmit_at = max(now, self._again_at if self._some_rest() else now)
-                self._resting.append(weakref.ref(call))
-                return True
-            if call.failing is None or call.outage is not self._outage:
-                call.outage, call.failing, call.attempts_in_outage = self._outage, Outage(since=now), 0
-            if call.failing.exhausted(policy, call.attempts_in_outage, now):
-                return False
-            if self._again_at <= now or not self._some_rest():
-                self._again_at = now + self._outage.next_pause_s(policy)
-            call.resubmit_at = call.failing.in_budget(policy, self._again_at, now)
-            call.attempts_in_outage += 1
-            self._resting.append(weakref.ref(call))
-            return True
-
-    def _rest(self) -> Iterator[Awaited]:
-        """The calls that rest, of those that somebody still holds."""
-        held = (ref() for ref in self._resting)
-        return (call for call in held if call is not None and call.resubmit_at is not None)
-
-    def _some_rest(self) -> bool:
-        return any(call.is_awaited for call in self._rest())
-
-    def due(self, now: float) -> list[Awaited]:
-        """Which of its calls that are awaited are to be submitted again by now, in the order of their making."""
-        with self._lock:
-            calls = list(self._rest())
-            self._resting = [weakref.ref(call) for call in calls]
-        due = (call for call in calls if call.is_due(now) and call.is_awaited)
-        return sorted(due, key=operator.attrgetter("made_at"))
-
     def _step(self, reason: Reason, detail: str, now: float) -> bool:
         step = self._record.move(reason, now, time.time(), detail)
         if step is None:
@@ -378,7 +359,14 @@ class ManagedEngine:
         if reason is not Reason.LAUNCH_DEADLINE:
             self.stage = None
         self._emit(step)
-        if reason in GIVEN_UP:
+        return True
+
+    def _wake_waits(self) -> None:
+        if self._record.reason in GIVEN_UP:
             for wake in list(self._wakers):
                 wake()
-        return True
+
+
+def engine_of(call: Awaited) -> ManagedEngine:
+    """Return the engine of a call. `Awaited` knows it as a `Callee`, so that calls need not know this module."""
+    return cast("ManagedEngine", call.engine)

@@ -1,4 +1,4 @@
-"""The outcome of one reference, told by Ray on a thread of its own, to whoever waits for it without a thread."""
+"""Tells event loops that a reference has its outcome. Ray says so on a thread of its own."""
 
 from __future__ import annotations
 
@@ -9,31 +9,24 @@ from typing import Any, Protocol
 
 from ray import ObjectRef
 
-
-class Raised:
-    """An exception that a reference holds, told apart from a value that is an exception."""
-
-    __slots__ = ("exception",)
-
-    def __init__(self, exception: Exception) -> None:
-        self.exception = exception
+from enginefsm._wait.wait import Raised
 
 
 class Taker(Protocol):
-    """Whoever waits. Called on a thread of Ray's, which must not be kept."""
+    """One who waits for references. It is called on a thread of Ray's, which it must not block."""
 
     def came(self, ref: ObjectRef[Any], outcome: Any) -> None:
-        """The outcome of `ref`: a value, or an exception in a `Raised`."""
+        """Take the outcome of `ref`: a value, or an exception in a `Raised`."""
 
     def look_again(self, ref: ObjectRef[Any]) -> None:
-        """The reference is complete, and its outcome went to another taker."""
+        """Ask for `ref` again. It is complete, and its outcome went to another taker."""
 
 
 class _Arrival:
-    """One reference, asked of Ray once for all who wait for it: Ray keeps what it was asked until the end.
+    """One question to Ray, for all who wait for one reference. Ray keeps each question until the reference is complete.
 
-    Each taker is to have a value, or an exception, of its own, as each `ray.get` gives one: so the outcome goes to one
-    of them, and the others are told to look again.
+    Each taker gets a value or an exception of its own, as each `ray.get` returns its own. So the outcome goes to one
+    taker, and the others are told to ask again.
     """
 
     __slots__ = ("__weakref__", "_lock", "_takers", "ref")
@@ -45,7 +38,7 @@ class _Arrival:
         ref.future().add_done_callback(self._arrived)
 
     def tell(self, taker: Taker) -> bool:
-        """Have `taker` told as well; False when it is too late for that, and another arrival is needed."""
+        """Tell `taker` as well. Return False if it is too late for that, and another arrival is needed."""
         with self._lock:
             if self._takers is None:
                 return False
@@ -53,7 +46,7 @@ class _Arrival:
             return True
 
     def forget(self, taker: Taker) -> None:
-        """The taker waits no longer."""
+        """Tell `taker` nothing any more."""
         with self._lock:
             if self._takers is not None:
                 self._takers.pop(taker, None)
@@ -69,19 +62,19 @@ class _Arrival:
             taker.look_again(self.ref)
 
 
-# Those that Ray keeps. Two threads that begin at once may each ask Ray, which costs only that.
+# The questions that Ray keeps. Two threads that begin at once may each ask, which costs one question more.
 _arrivals: weakref.WeakValueDictionary[ObjectRef[Any], _Arrival] = weakref.WeakValueDictionary()
 
 
 def tell(taker: Taker, ref: ObjectRef[Any]) -> None:
-    """Have `taker` told of the outcome of `ref`."""
+    """Tell `taker` the outcome of `ref` when it comes."""
     arrival = _arrivals.get(ref)
     if arrival is None or not arrival.tell(taker):
         _arrivals[ref] = _Arrival(ref, taker)
 
 
 def forget(taker: Taker, ref: ObjectRef[Any]) -> None:
-    """Have `taker` told of `ref` no more."""
+    """Tell `taker` nothing of `ref` any more."""
     arrival = _arrivals.get(ref)
     if arrival is not None:
         arrival.forget(taker)

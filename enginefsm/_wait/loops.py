@@ -1,7 +1,7 @@
-"""The wait of a task on an event loop, which goes on meanwhile: behind `EngineMonitor.gather` and `await call`.
+"""The driver of a wait on an event loop, which goes on meanwhile: behind `EngineMonitor.gather` and `await call`.
 
-The loop is never made to stand still: outcomes come from Ray's own threads, what may take long is done in lanes, and
-what has to be done on the loop is done in pieces, a few milliseconds of them in one turn of the loop.
+The wait never blocks the loop. Outcomes come from Ray's own threads. Work that may take long is done in a lane. The
+rest is done on the loop in small pieces, and all waits together use a few milliseconds of one turn of the loop.
 """
 
 from __future__ import annotations
@@ -21,26 +21,27 @@ from enginefsm._calls.calls import Awaited
 from enginefsm._wait.arrivals import forget, tell
 from enginefsm._wait.lane import Lane
 from enginefsm._wait.threads import complete, together_s
-from enginefsm._wait.wait import Wait
+from enginefsm._wait.wait import Raise, Sleep, Step, Submit, Wait, submit
 
 TURN_S = 0.003
-"""How much of one turn of a loop all waits on it use together."""
+"""How much of one turn of a loop all its waits use together."""
 QUEUED_A_TURN = 8
-"""How many of the pieces that had to wait for a turn are done in one."""
+"""How many pieces of work are done in one turn, of those that had to wait for it."""
 TOGETHER_FROM = 100
 LOOK_S = 5.0
-"""How long a wait goes on before it looks whether Ray was shut down, of which nobody is told."""
+"""How long a task sleeps at most. Nothing wakes it if Ray is shut down. Engines that are given up do wake it, so this
+is longer than for a thread: thousands of tasks may sleep on one loop."""
 
 
 class Pace:
-    """Spreads pieces of work over the turns of one event loop."""
+    """Spreads the pieces of work of all waits over the turns of one event loop."""
 
     def __init__(self) -> None:
         self._began: float | None = None  # in this turn, on the monotonic clock
         self._queue: collections.deque[asyncio.Future[None]] = collections.deque()
 
     async def __call__(self) -> None:
-        """Wait, if this turn's time is used up, for another turn."""
+        """Wait for another turn, if the time of this turn is used up."""
         now = time.monotonic()
         loop = asyncio.get_running_loop()
         if self._began is None:
@@ -69,7 +70,7 @@ _paces: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Pace] = weakref.Wea
 
 
 def pace() -> Pace:
-    """That of the running loop."""
+    """Return the pace of the running loop."""
     loop = asyncio.get_running_loop()
     known = _paces.get(loop)
     if known is None:
@@ -78,7 +79,7 @@ def pace() -> Pace:
 
 
 class _Inbox:
-    """What Ray's threads have for one task, and what wakes the task."""
+    """The outcomes that Ray's threads have for one task, and the means to wake the task."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -100,7 +101,7 @@ class _Inbox:
         """Wake the task, from any thread."""
         if not self._is_waking:
             self._is_waking = True
-            with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits any more
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 self._loop.call_soon_threadsafe(self._wake)
 
     def _wake(self) -> None:
@@ -110,7 +111,7 @@ class _Inbox:
             self._sleeper.set_result(None)
 
     async def sleep(self, until: float) -> None:
-        """Until somebody wakes the task, or that time comes (monotonic)."""
+        """Sleep until somebody wakes the task, or until that time (monotonic)."""
         if not self._was_woken:
             self._sleeper = self._loop.create_future()
             pause_s = until - time.monotonic()
@@ -124,74 +125,77 @@ class _Inbox:
         self._was_woken = False
 
     def outcomes(self) -> list[tuple[ObjectRef[Any], Any]]:
-        """What has come since."""
+        """Return the outcomes that have come since the last call."""
         return [self._outcomes.popleft() for _ in range(len(self._outcomes))]
 
     def again(self) -> list[ObjectRef[Any]]:
-        """Which references are to be looked at again."""
+        """Return the references to ask for again."""
         return [self._again.popleft() for _ in range(len(self._again))]
 
 
 async def wait_on_loop(
-    wait: Wait, awaited: Iterable[Awaited], timeout_s: float | None, deliver: Callable[[], None], lane: Lane
+    wait: Wait,
+    awaited: Iterable[Awaited],
+    deliver: Callable[[], None],
+    ask_stages: Callable[[], None],
+    lane: Lane,
 ) -> dict[Awaited, Any]:
-    """Wait for all of `awaited`, and give their values.
+    """Wait for all of `awaited`, and return their values.
 
-    Calls `deliver`, which is to take no time, whenever engines may have moved and the wait goes on; what takes time is
-    done in `lane`.
+    Call `deliver`, which must not block, before each sleep. Work that may block is done in `lane`.
     """
     inbox, turn = _Inbox(), pace()
-    wait.expect = lambda ref: tell(inbox, ref)
-    give_up_at = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+    fresh: collections.deque[ObjectRef[Any]] = collections.deque()
+    wait.expect = fresh.append
     try:
         for one in awaited:
             await turn()
             wait.take_up(one)
-            one.engine.when_given_up(inbox.wake)
-        while wait.open:
-            failure = wait.session_ended() or wait.given_up()
-            if failure is None:
-                if wait.resubmission_due():
-                    await lane.run(wait.resubmit_due)
-                await inbox.sleep(min(wait.wake_at(), give_up_at, time.monotonic() + LOOK_S))
-                failure = await _take_all(wait, inbox, turn)
-            is_over = time.monotonic() >= give_up_at
-            if failure is None and wait.open and (is_over or wait.is_late()):  # Ray's threads may not have come yet
-                failure = await _take(wait, await lane.run(functools.partial(complete, wait)), turn)
-            if failure is None and wait.is_late():
-                failure = await lane.run(wait.launch_deadline)
-            if failure is None and wait.open:
-                deliver()
-            if failure is None and wait.open and is_over:
-                assert timeout_s is not None
-                failure = await lane.run(functools.partial(wait.timed_out, timeout_s))
-            if failure is not None:
-                try:
-                    raise failure
-                finally:
-                    failure = None  # else the exception, by its traceback, keeps all of this alive
-        return wait.values
+        for engine in wait.engines:
+            engine.when_given_up(inbox.wake)
+        while True:
+            while fresh:
+                await turn()
+                tell(inbox, fresh.popleft())
+            now = time.monotonic()
+            match wait.next(now):
+                case Sleep(until) if not fresh:
+                    deliver()
+                    await inbox.sleep(min(until, now + LOOK_S))
+                    await _take_all(wait, inbox, turn)
+                case Submit(calls):
+                    wait.submitted(await lane.run(functools.partial(submit, calls, now)) or {})
+                case Step.LOOK_AT_ALL:  # Ray's threads may not have come yet
+                    await _take(wait, await lane.run(functools.partial(complete, list(wait.watched))) or [], turn)
+                    wait.looked_at_all(now)
+                case Step.ASK_STAGES:
+                    await lane.run(ask_stages)
+                    wait.asked_stages(now)
+                case Raise(failure):
+                    try:
+                        raise failure
+                    finally:
+                        del failure  # else the exception, by its traceback, keeps all of this alive
+                case Step.DONE:
+                    return wait.values
     finally:
         wait.leave()
         for engine in wait.engines:
             engine.forget_waker(inbox.wake)
-        for ref in list(wait.watched):  # the lane may be submitting again still
+        for ref in list(wait.watched):
             forget(inbox, ref)
 
 
-async def _take_all(wait: Wait, inbox: _Inbox, turn: Pace) -> Exception | None:
-    if len(wait.watched) > TOGETHER_FROM:  # what comes in soon after one another is looked at together
+async def _take_all(wait: Wait, inbox: _Inbox, turn: Pace) -> None:
+    if len(wait.watched) > TOGETHER_FROM:  # outcomes that come in quick succession are looked at together
         await asyncio.sleep(together_s(len(wait.watched)))
     for ref in inbox.again():
         await turn()
         tell(inbox, ref)
-    return await _take(wait, inbox.outcomes(), turn)
+    await _take(wait, inbox.outcomes(), turn)
 
 
-async def _take(wait: Wait, outcomes: list[tuple[ObjectRef[Any], Any]] | None, turn: Pace) -> Exception | None:
-    failure: Exception | None = None
-    for ref, outcome in outcomes or ():
+async def _take(wait: Wait, outcomes: Iterable[tuple[ObjectRef[Any], Any]], turn: Pace) -> None:
+    for ref, outcome in outcomes:
         await turn()
-        found = wait.take(ref, outcome)
-        failure = found if failure is None else failure
-    return failure
+        wait.take(ref, outcome, time.monotonic())

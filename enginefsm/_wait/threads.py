@@ -1,4 +1,4 @@
-"""The wait of a thread, which stands still meanwhile: behind `EngineMonitor.get`."""
+"""The driver of a wait in a thread, which stands still meanwhile: behind `EngineMonitor.get`."""
 
 from __future__ import annotations
 
@@ -10,88 +10,89 @@ import ray
 from ray import ObjectRef
 
 from enginefsm._calls.calls import Awaited
-from enginefsm._wait.arrivals import Raised
-from enginefsm._wait.wait import Wait
+from enginefsm._wait.wait import Raise, Raised, Sleep, Step, Submit, Wait, submit
 
 TOGETHER_S = 2e-5  # a reference
 MOST_TOGETHER_S = 0.05
-LOOK_S = 1.0  # how long a wait goes on before it looks whether another thread has given an engine up
+LOOK_S = 1.0
+"""How long a thread sleeps at most. Nothing wakes it if another thread gives an engine up, or if Ray is shut down."""
+
+Outcomes = list[tuple[ObjectRef[Any], Any]]
 
 
 def wait_blocking(
-    wait: Wait, awaited: Iterable[Awaited], timeout_s: float | None, deliver: Callable[[], None]
+    wait: Wait, awaited: Iterable[Awaited], deliver: Callable[[], None], ask_stages: Callable[[], None]
 ) -> dict[Awaited, Any]:
-    """Wait for all of `awaited`, and give their values. Calls `deliver` whenever engines may have moved."""
-    give_up_at = None if timeout_s is None else time.monotonic() + timeout_s
+    """Wait for all of `awaited`, and return their values. Call `deliver` before each sleep."""
     busy = True  # whether the last look found something
     try:
         for one in awaited:
             wait.take_up(one)
-        while wait.open:
-            failure = wait.session_ended() or wait.given_up()
-            if failure is None:
-                wait.resubmit_due()
-                found = ready(wait, give_up_at, busy=busy)
-                busy = bool(found)
-                failure = _take_all(wait, found)
-                del found
-            is_over = give_up_at is not None and time.monotonic() >= give_up_at
-            if failure is None and wait.open and (is_over or wait.is_late()):
-                failure = _take_all(wait, complete(wait))
-            if failure is None and wait.is_late():
-                failure = wait.launch_deadline()
-            deliver()
-            if failure is None and wait.open and is_over:
-                assert timeout_s is not None
-                failure = wait.timed_out(timeout_s)
-            if failure is not None:
-                try:
-                    raise failure
-                finally:
-                    failure = None  # else the exception, by its traceback, keeps all of this alive
-        return wait.values
+        while True:
+            now = time.monotonic()
+            match wait.next(now):
+                case Sleep(until):
+                    deliver()
+                    found = ready(list(wait.watched), min(until, now + LOOK_S), busy=busy)
+                    busy = bool(found)
+                    _take(wait, found)
+                    del found
+                case Submit(calls):
+                    wait.submitted(submit(calls, now))
+                case Step.LOOK_AT_ALL:
+                    _take(wait, complete(wait.watched))
+                    wait.looked_at_all(now)
+                case Step.ASK_STAGES:
+                    ask_stages()
+                    wait.asked_stages(now)
+                case Raise(failure):
+                    try:
+                        raise failure
+                    finally:
+                        del failure  # else the exception, by its traceback, keeps all of this alive
+                case Step.DONE:
+                    return wait.values
     finally:
         wait.leave()
 
 
-def _take_all(wait: Wait, found: list[tuple[ObjectRef[Any], Any]]) -> Exception | None:
-    failures = [wait.take(ref, outcome) for ref, outcome in found]
-    return next((failure for failure in failures if failure is not None), None)
+def _take(wait: Wait, outcomes: Outcomes) -> None:
+    now = time.monotonic()
+    for ref, outcome in outcomes:
+        wait.take(ref, outcome, now)
 
 
 def together_s(references: int) -> float:
-    """How long to look at so many references together, when some have come in.
+    """Return how long to wait for more outcomes once some have come.
 
-    A look at many costs about a microsecond each: those that come in soon after one another are looked at together. A
-    failure waits no longer than `MOST_TOGETHER_S` for that.
+    A look at many references costs about a microsecond each, so outcomes that come in quick succession are looked at
+    together. A failure waits no longer than `MOST_TOGETHER_S` for that.
     """
     return min(references * TOGETHER_S, MOST_TOGETHER_S)
 
 
-def ready(wait: Wait, give_up_at: float | None, *, busy: bool) -> list[tuple[ObjectRef[Any], Any]]:
-    """References that have an outcome, with it: a value, or an exception in a `Raised`."""
-    wake_at = wait.wake_at() if give_up_at is None else min(wait.wake_at(), give_up_at)
-    pause_s = min(LOOK_S, max(0.0, wake_at - time.monotonic()))
-    if not wait.watched:
+def ready(refs: list[ObjectRef[Any]], until: float, *, busy: bool) -> Outcomes:
+    """Return the references that have an outcome, with it: a value, or an exception in a `Raised`."""
+    pause_s = max(0.0, until - time.monotonic())
+    if not refs:
         time.sleep(pause_s)
         return []
-    refs = list(wait.watched)
     found = ray.wait(refs, num_returns=len(refs), timeout=together_s(len(refs)))[0] if busy else []
     if not found:
         found = ray.wait(refs, num_returns=1, timeout=pause_s)[0]
     try:
         return list(zip(found, ray.get(found), strict=True)) if found else []
-    except Exception:  # noqa: BLE001  one of them failed: which, is asked of each
+    except Exception:  # noqa: BLE001  one of them failed: each one says which
         return [(ref, _outcome(ref)) for ref in found]
 
 
-def complete(wait: Wait) -> list[tuple[ObjectRef[Any], Any]]:
-    """All that is there when time is up: nothing that has come is to count as late for not having been looked at."""
-    return ready(wait, time.monotonic(), busy=True)
+def complete(refs: Iterable[ObjectRef[Any]]) -> Outcomes:
+    """Return every reference that has an outcome by now, with it."""
+    return ready(list(refs), -float("inf"), busy=True)
 
 
 def _outcome(ref: ObjectRef[Any]) -> Any:
     try:
         return ray.get(ref)
-    except Exception as exception:  # noqa: BLE001  whatever the reference holds is the outcome; classify() sorts it
+    except Exception as exception:  # noqa: BLE001  what the reference holds is its outcome; classify() sorts it
         return Raised(exception)

@@ -1,37 +1,82 @@
-"""What follows from what Ray says of calls: each failure to its engine, each call to its end, the first failure raised.
+"""One wait for calls: it is told what Ray says, and asked what to do next.
 
-Nothing here waits. `blocking` and `looping` do, the one for `EngineMonitor.get`, the other for `EngineMonitor.gather`.
+`Wait` neither sleeps nor calls Ray. A driver asks `next` what to do, does it, and feeds back what came of it:
+`threads` for `EngineMonitor.get`, `loops` for `EngineMonitor.gather`.
+
+1. The driver hands each call to `take_up`. The references that are out are in `watched`.
+2. It does what `next` says, and feeds outcomes to `take`, until `next` returns `Step.DONE` or a `Raise`.
+3. It calls `leave`, however the wait ended. Calls and engines keep what outlives a wait.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import Enum, auto
+from typing import Any, NamedTuple
 
 from ray import ObjectRef
-from ray.exceptions import GetTimeoutError, RayError, RaySystemError
+from ray.exceptions import RayError
 
-from enginefsm._calls.calls import Awaited, PlainRef, says_dropped, says_restarted
-from enginefsm._engine.managed import ManagedEngine
+from enginefsm._calls.calls import Awaited, says_dropped, says_restarted
+from enginefsm._calls.plain_ref import PlainRef
+from enginefsm._engine.managed import ManagedEngine, engine_of
 from enginefsm._ray import this_process
-from enginefsm._wait.arrivals import Raised
-from enginefsm.errors import ActorRestartedError, LaunchDeadlineError, RetryExhaustedError
+from enginefsm._wait import failures
 from enginefsm.events import CallOutcome, Event
 from enginefsm.fsm.outcomes import Outcome, classify, detail_of
 from enginefsm.fsm.states import GIVEN_UP, EngineState, Reason
 from enginefsm.policy import RetryPolicy
 
 
+class Raised(NamedTuple):
+    """An exception that a reference holds, told apart from a value that is an exception."""
+
+    exception: Exception
+
+
+class Submit(NamedTuple):
+    """Submit these calls again, with `submit`, and report with `submitted`."""
+
+    calls: Sequence[Awaited]
+
+
+class Sleep(NamedTuple):
+    """Sleep until `until` (monotonic) or until a watched reference has its outcome."""
+
+    until: float
+
+
+class Raise(NamedTuple):
+    """Raise this."""
+
+    failure: Exception
+
+
+class Step(Enum):
+    """What to do next, where that needs no more words."""
+
+    LOOK_AT_ALL = auto()
+    """A bound has passed: take in every outcome that is there, then call `looked_at_all`. So nothing counts as late
+    only because nobody had looked at it."""
+    ASK_STAGES = auto()
+    """Ask Ray how far launches are, because a message will say so, then call `asked_stages`."""
+    DONE = auto()
+    """All calls have ended: `values` holds what they returned."""
+
+
 class Wait:
-    """One `get` or `gather`. What must outlive it, and an interrupt or a timeout, is kept by the calls and engines.
+    """What follows from outcomes: each failure to its engine, each call to its end, the first failure raised.
+
+    Used by one driver at a time. Times are monotonic; the driver reads the clock.
 
     Args:
         policy: The bounds.
-        fleet: Gives all engines, for the message of a launch deadline.
-        emit: Takes events.
-        look: Looks how far launches are, before it is told; within a short bound.
+        fleet: Returns all engines of the monitor, for the message of a launch deadline.
+        emit: Takes events. It must not block.
+        timeout_s: How long the wait may take.
+        now: When it begins.
     """
 
     def __init__(
@@ -39,150 +84,182 @@ class Wait:
         policy: RetryPolicy,
         fleet: Callable[[], Iterable[ManagedEngine]],
         emit: Callable[[Event], None],
-        look: Callable[[], None],
+        timeout_s: float | None,
+        now: float,
     ) -> None:
         self._policy = policy
         self._fleet = fleet
         self._emit = emit
-        self._look = look
-        self.expect: Callable[[ObjectRef[Any]], None] = lambda _: None
-        """Told of each reference that is watched from now on."""
+        self._timeout_s = timeout_s
+        self._give_up_at = math.inf if timeout_s is None else now + timeout_s
         self.values: dict[Awaited, Any] = {}
-        """Of what has ended."""
-        self.open: dict[Awaited, None] = {}
-        """What has not."""
+        """What the calls returned that have ended."""
+        self.open: dict[Awaited, ManagedEngine] = {}
+        """The calls that have not ended, and their engines."""
         self.engines: set[ManagedEngine] = set()
-        """Of all that is waited for."""
+        """The engines of all calls."""
         self.watched: dict[ObjectRef[Any], list[Awaited]] = {}
         """The references that are out, and whose they are."""
-        self._resting: list[Awaited] = []
+        self.expect: Callable[[ObjectRef[Any]], None] = lambda _: None
+        """Told of each reference that is watched from now on."""
+        self._resting: dict[Awaited, None] = {}  # of this wait; their engine's queue says when they go out
+        self._failure: Exception | None = None
+        self._looked_at = self._asked_at = -math.inf  # when everything was looked at, and when stages were asked for
         self._session = this_process.session()
 
     def take_up(self, one: Awaited) -> None:
-        """Wait for `one`, too."""
+        """Wait for one more call."""
         if one in self.open or one in self.values:
             return
-        self.open[one] = None
-        self.engines.add(one.engine)
         one.take_up()
+        engine = self.open[one] = engine_of(one)
+        self.engines.add(engine)
         if isinstance(one, PlainRef) and one.recovered:
             self._close(one, one.recovered[0])
         else:
-            self._watch_or_rest(one)
+            self._watch(one)
 
     def leave(self) -> None:
-        """Nobody waits any more, whatever has not ended."""
+        """End the wait, whatever has not ended."""
         for one in self.open:
             one.leave()
 
-    def wake_at(self) -> float:
-        """When something is to be done though no reference is ready, on the monotonic clock; infinity for never."""
-        times = [one.resubmit_at or 0.0 for one in self._resting]  # None: another wait has submitted it
-        times += [deadline for deadline, _ in self._launch_deadlines()]
-        return min(times, default=math.inf)
+    def next(self, now: float) -> Submit | Sleep | Raise | Step:
+        """Return what to do next."""
+        for one in [one for one in self._resting if one.out is not None]:  # another wait has submitted it
+            del self._resting[one]
+            self._watch(one)
+        failure = self._failure
+        if failure is None and self.open:
+            failure = self._session_ended() or self._given_up()
+        if failure is not None:
+            self._failure = None  # so that the exception's traceback and this object do not keep each other alive
+            return Raise(failure)
+        if not self.open:
+            return Step.DONE
+        if any(one.resubmit_at <= now for one in self._resting):
+            # With all that rest of the same engines, whoever waits for them, so that they keep their order.
+            return Submit([call for engine in dict.fromkeys(map(engine_of, self._resting)) for call in engine.due(now)])
+        return self._check_bounds(now)
 
-    def resubmission_due(self) -> bool:
-        """Whether `resubmit_due` has something to do: to submit again, or to watch what another wait has submitted."""
-        now = time.monotonic()
-        return any(one.resubmit_at is None or one.is_due(now) for one in self._resting)
+    def _check_bounds(self, now: float) -> Sleep | Raise | Step:
+        deadlines = self._launch_deadlines()
+        passed = max((bound for bound in (self._give_up_at, *deadlines.values()) if bound <= now), default=None)
+        if passed is not None:
+            if self._looked_at < passed:
+                return Step.LOOK_AT_ALL
+            late = [engine for engine, deadline in deadlines.items() if deadline <= now]
+            is_over = self._give_up_at <= now
+            told = late or [engine for engine in self.open.values() if engine.state is EngineState.LAUNCHING]
+            if told and self._asked_at < passed:
+                return Step.ASK_STAGES
+            failure = self._launch_deadline(late) if late else None
+            if failure is None and is_over:
+                assert self._timeout_s is not None
+                failure = failures.timed_out(self.open, len(self.values), self._timeout_s)
+            if failure is not None:
+                return Raise(failure)
+        upcoming = (bound for bound in (self._give_up_at, *self._launch_deadlines().values()) if bound > now)
+        return Sleep(min([*upcoming, *(one.resubmit_at for one in self._resting)], default=math.inf))
 
-    def resubmit_due(self) -> None:
-        """Submit again what has paused for long enough, and what other waits have of the same engines before it."""
-        now = time.monotonic()
-        resting, self._resting = dict.fromkeys(self._resting), []
-        engines = dict.fromkeys(one.engine for one in resting if one.is_due(now))
-        for one in dict.fromkeys([*(one for engine in engines for one in engine.due(now)), *resting]):
-            try:
-                one.resubmit(now)
-            except Exception as error:
-                if one not in resting:
-                    continue  # whoever awaits that one submits it too, and is told
-                if isinstance(error, RayError):  # Ray refuses to submit: too many calls are pending, say
-                    raise _noted(one, error) from error.__cause__
-                raise
-        for one in resting:
-            self._watch_or_rest(one)
+    def looked_at_all(self, began_at: float) -> None:
+        """Note that every outcome has been taken in that was there at `began_at`."""
+        self._looked_at = began_at
 
-    def take(self, ref: ObjectRef[Any], outcome: Any) -> Exception | None:
-        """Take in what came of a watched reference: a value, or a `Raised`. Gives what is to be raised, if anything.
+    def asked_stages(self, began_at: float) -> None:
+        """Note that Ray was asked for the stages of launches at `began_at`."""
+        self._asked_at = began_at
 
-        What comes a second time, of a reference that was looked at meanwhile, changes nothing.
+    def submitted(self, refused: Mapping[Awaited, Exception]) -> None:
+        """Take in which calls Ray refused to submit. Those that went out are watched by the next `next`."""
+        for one, error in refused.items():
+            # If it is another wait's call, that wait submits it too, and raises.
+            if one in self.open and self._failure is None:
+                self._failure = failures.noted(one, error) if isinstance(error, RayError) else error
+
+    def take(self, ref: ObjectRef[Any], outcome: Any, now: float) -> None:
+        """Take in the outcome of a watched reference: a value, or an exception in a `Raised`.
+
+        An outcome that comes a second time changes nothing.
         """
-        failures = [self._take(one, ref, outcome) for one in self.watched.pop(ref, ())]
-        return next((failure for failure in failures if failure is not None), None)
+        for one in self.watched.pop(ref, ()):
+            with one.lock:
+                if one.out != ref:
+                    self._watch(one)  # another wait has dealt with this failure
+                    continue
+                if isinstance(outcome, Raised):
+                    failure = self._failed(one, outcome.exception, now)
+                else:
+                    failure = self._answered(one, outcome, now)
+                self._failure = self._failure or failure
 
-    def _watch_or_rest(self, one: Awaited) -> None:
-        ref = one.ref  # read once: another wait may submit it again at any moment
-        if one.resubmit_at is not None:
-            self._resting.append(one)
+    def _watch(self, one: Awaited) -> None:
+        ref = one.out
+        if ref is None:
+            self._resting[one] = None
         elif ref in self.watched:
             self.watched[ref].append(one)
         else:
             self.watched[ref] = [one]
             self.expect(ref)
 
-    def _take(self, one: Awaited, ref: ObjectRef[Any], value: Any) -> Exception | None:
-        with one.lock:
-            if one.ref != ref or one.resubmit_at is not None:
-                self._watch_or_rest(one)  # another thread has dealt with this failure
-                return None
-            return self._failed(one, value.exception) if isinstance(value, Raised) else self._answered(one, value)
-
-    def _answered(self, one: Awaited, value: Any) -> Exception | None:
+    def _answered(self, one: Awaited, value: Any, now: float) -> Exception | None:
         if isinstance(one, PlainRef) and one.is_probe:
             if not value:
-                self._not_launched_yet(one)
+                self._not_launched_yet(one, now)
                 return None
             one.recover(value)
-        self._observe(one, Outcome.SUCCEEDED, f"{one.method}() returned")
+        self._observe(one, Outcome.SUCCEEDED, f"{one.method}() returned", now)
         self._close(one, value)
         return None
 
-    def _failed(self, one: Awaited, exception: Exception) -> Exception | None:
-        engine = one.engine
+    def _failed(self, one: Awaited, exception: Exception, now: float) -> Exception | None:
+        engine = self.open[one]
         outcome = classify(exception, engine.actor_id)
         if says_restarted(exception):
-            exception, outcome = _restarted(one, exception), Outcome.ACTOR_DIED
+            exception, outcome = failures.restarted(one, exception), Outcome.ACTOR_DIED
         elif says_dropped(exception):
             outcome = Outcome.CALL_LOST
         if one.is_probe and outcome is Outcome.METHOD_FAILED:
-            self._not_launched_yet(one)
+            self._not_launched_yet(one, now)
             return None
-        self._observe(one, outcome, f"{one.method}() raised {detail_of(exception)}")
+        self._observe(one, outcome, f"{one.method}() raised {detail_of(exception)}", now)
         if outcome is Outcome.ACTOR_UNAVAILABLE:
             if isinstance(one, PlainRef) and not one.is_probe:
                 engine.lose(one)
                 if not one.can_be_probed:
-                    return _noted(one, exception, _SEALED)
-            if engine.state is not EngineState.DEAD and engine.plan_resubmission(self._policy, one):
-                self._resting.append(one)
+                    return failures.noted(one, exception, failures.SEALED)
+            if engine.state is not EngineState.DEAD and engine.plan_resubmission(one, self._policy, now):
+                self._resting[one] = None
                 return None
-            exhausted = _exhausted(one, exception, self._policy)
-            if engine.step(Reason.RETRY_EXHAUSTED, exhausted.error_msg) or engine.reason in _GIVEN_UP_BY_BOUNDS:
+            exhausted = failures.exhausted(one, exception, self._policy)
+            engine.step(Reason.RETRY_EXHAUSTED, exhausted.error_msg)
+            if engine.reason in (Reason.RETRY_EXHAUSTED, Reason.HEALTH_CHECKS_FAILED):
                 exception = exhausted
         one.settle(answered=False)
-        return _noted(one, exception)
+        return failures.noted(one, exception)
 
-    def _not_launched_yet(self, one: Awaited) -> None:
-        """The engine answers its probe, but not that the launch succeeded: a deadline bounds that, not the budget."""
-        self._observe(one, Outcome.SUCCEEDED, "the check for the launch says that it has not ended", launches=False)
+    def _not_launched_yet(self, one: Awaited, now: float) -> None:
+        """The check answers that the launch has not ended. A deadline bounds that, and the budget does not."""
+        self._observe(one, Outcome.SUCCEEDED, "the launch has not ended", now, launches=False)
         one.settle(answered=True)
-        one.resubmit_at = time.monotonic() + self._policy.pause_s(one.attempt)
-        self._resting.append(one)
+        self.open[one].ask_again(one, now + self._policy.pause_s(one.attempt))
+        self._resting[one] = None
 
-    def _observe(self, one: Awaited, outcome: Outcome, detail: str, launches: bool | None = None) -> None:
+    def _observe(self, one: Awaited, outcome: Outcome, detail: str, now: float, launches: bool | None = None) -> None:
         if one.attempt == one.reported:
-            return  # looked at before, by an earlier get or another thread: it says nothing new
+            return  # an earlier wait, or another thread, took it in: it says nothing new
         one.reported = one.attempt
-        engine = one.engine
+        engine = self.open[one]
         engine.observe(
             outcome,
             launches=one.launches if launches is None else launches,
             submitted_at=one.submitted_at,
             again=one.attempt > 0,
             detail=detail,
+            now=now,
         )
-        took_s = time.monotonic() - max(one.submitted_at, one.made_at)
+        took_s = now - max(one.submitted_at, one.made_at)
         self._emit(
             CallOutcome(
                 engine.name, engine.labels, one.method, outcome, one.attempt, took_s, one.is_probe,
@@ -195,96 +272,44 @@ class Wait:
         del self.open[one]
         one.settle(answered=True)
 
-    def session_ended(self) -> Exception | None:
-        """What to raise when Ray was shut down: it tells nothing of what was out then, and would be started anew."""
-        if this_process.session() is self._session:
-            return None
-        one = next(iter(self.open))
-        return _noted(one, RaySystemError(f"Ray was shut down while {one.method}() of {one.engine.name!r} was out"))
+    def _session_ended(self) -> Exception | None:
+        """Raise if Ray was shut down: it says nothing of calls that were out, and a call would start it anew."""
+        return None if this_process.session() is self._session else failures.session_ended(next(iter(self.open)))
 
-    def given_up(self) -> Exception | None:
-        """The verdict on an engine that was given up, by whichever thread, while a call made before was still out."""
+    def _given_up(self) -> Exception | None:
+        """Raise the verdict on an engine that any thread gave up while a call from before the verdict was out."""
         engines = {engine for engine in self.engines if engine.reason in GIVEN_UP}
-        for one in self.open if engines else ():
-            if one.engine in engines and one.made_at <= one.engine.given_up_at():
-                text = f"engine {one.engine.name!r} was given up ({one.engine.reason}) while {one.method}() was out"
-                if one.engine.reason is Reason.LAUNCH_DEADLINE:
-                    return _noted(one, LaunchDeadlineError(text))
-                return _noted(one, RetryExhaustedError(text, one.engine.actor_id))
+        for one, engine in self.open.items() if engines else ():
+            if engine in engines and one.made_at <= engine.given_up_at():
+                return failures.given_up(one)
         return None
 
-    def _launch_deadlines(self) -> list[tuple[float, ManagedEngine]]:
-        """Until when the engines that are launched here, and have not been yet, may take."""
+    def _launch_deadlines(self) -> dict[ManagedEngine, float]:
+        """The engines whose launch is awaited here and has not succeeded, and until when it may take."""
         after_s = self._policy.launch_deadline_s
         if after_s is None:
-            return []
-        engines = dict.fromkeys(one.engine for one in self.open if one.launches and not one.engine.has_launched)
-        return [(engine.adopted_at + after_s, engine) for engine in engines]
+            return {}
+        launching = (engine for one, engine in self.open.items() if one.launches and not engine.has_launched)
+        return {engine: engine.adopted_at + after_s for engine in launching}
 
-    def is_late(self) -> bool:
-        """Whether a launch deadline has passed."""
-        now = time.monotonic()
-        return any(now >= deadline for deadline, _ in self._launch_deadlines())
-
-    def launch_deadline(self) -> Exception | None:
-        """The verdict on engines that are launched here and have not been by their deadline."""
-        now = time.monotonic()
-        late = [engine for deadline, engine in self._launch_deadlines() if now >= deadline]
-        if not late:
-            return None
-        self._look()
+    def _launch_deadline(self, late: Iterable[ManagedEngine]) -> Exception | None:
+        """Give up engines whose launch is late. Return None if all of them turn out to have launched."""
+        detail = f"launch_deadline_s={self._policy.launch_deadline_s:g} has passed"
         for engine in late:
-            engine.give_up_launch(f"launch_deadline_s={self._policy.launch_deadline_s:g} has passed")
-        late = [engine for engine in late if not engine.has_launched]  # another thread may have heard that one did
+            engine.give_up_launch(detail)
+        late = [engine for engine in late if not engine.has_launched]  # another thread may have heard that it did
         if not late:
             return None
-        launching = [*late, *(engine for engine in self._fleet() if engine.is_launching)]
-        lines = "\n".join(f"  {engine.describe()}" for engine in dict.fromkeys(launching))
-        return LaunchDeadlineError(
-            f"launch_deadline_s={self._policy.launch_deadline_s:g} has passed for {len(late)} engines. "
-            f"These have not launched:\n{lines}"
-        )
-
-    def timed_out(self, timeout_s: float) -> GetTimeoutError:
-        """What to raise when the caller's time is up."""
-        if any(one.engine.state is EngineState.LAUNCHING for one in self.open):
-            self._look()
-        waiting = "\n".join(f"  {one.method}() of {one.engine.describe()}" for one in self.open)
-        done, every = len(self.values), len(self.values) + len(self.open)
-        return GetTimeoutError(f"{done} of {every} calls ended within {timeout_s:g} s; still waiting for\n{waiting}")
+        others = [engine for engine in self._fleet() if engine.is_launching]
+        return failures.launch_deadline(detail, late, others)
 
 
-_GIVEN_UP_BY_BOUNDS = (Reason.RETRY_EXHAUSTED, Reason.HEALTH_CHECKS_FAILED)
-
-_SEALED = (
-    "A plain ObjectRef that failed so never recovers. Call the method through the engine that adopt() gave "
-    "(it is then submitted again, and runs once), or give adopt() a probe for the launch."
-)
-
-
-def _noted(one: Awaited, exception: Exception, advice: str = "") -> Exception:
-    exception.add_note(f"enginefsm: {one.method}() of {one.engine.describe(detail=False)}")
-    if advice:
-        exception.add_note(f"enginefsm: {advice}")
-    return exception
-
-
-def _restarted(one: Awaited, exception: Exception) -> Exception:
-    error = ActorRestartedError(
-        f"Ray restarted the actor of engine {one.engine.name!r} while {one.method}() was out. What its "
-        f"{one.engine.launch}() had set up went with the old process: release the engine and launch it anew.",
-        one.engine.actor_id,
-    )
-    error.__cause__ = exception
-    return error
-
-
-def _exhausted(one: Awaited, exception: Exception, policy: RetryPolicy) -> RetryExhaustedError:
-    bounds = f"budget_s={policy.budget_s:g}, max_attempts={policy.max_attempts}"
-    error = RetryExhaustedError(
-        f"engine {one.engine.name!r} could not be reached again within {bounds} "
-        f"({one.attempts_in_outage} resubmissions of {one.method}()); Ray's last word: {exception}",
-        one.engine.actor_id,
-    )
-    error.__cause__ = exception
-    return error
+def submit(calls: Iterable[Awaited], now: float) -> dict[Awaited, Exception]:
+    """Submit calls again, and return those that were refused. This calls Ray, so event loops do it on a thread."""
+    refused: dict[Awaited, Exception] = {}
+    for one in calls:
+        try:
+            one.resubmit(now)
+        except Exception as error:  # noqa: BLE001  it is raised by the wait whose call it is
+            refused[one] = error
+    return refused

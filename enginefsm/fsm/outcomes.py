@@ -1,6 +1,6 @@
-"""What an exception says of the engine that was asked, and where that moves the engine.
+"""What an exception says about the engine that was called, and where that moves the engine.
 
-Pure: it knows Ray's exception classes, and nothing of clusters, threads or Prometheus.
+Pure: it knows Ray's exception classes, and no clusters, threads or metrics.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from enginefsm.fsm.states import EngineState, Reason, one_line
 
 
 class Outcome(StrEnum):
-    """What came of one submission of a call to an engine."""
+    """The outcome of one submission of a call to an engine."""
 
     SUCCEEDED = "succeeded"
     METHOD_FAILED = "method_failed"
-    """The engine answered: its method raised, for whatever reason, a dead peer's included."""
+    """The engine answered: its method raised, for whatever reason. The death of a peer is one."""
     ACTOR_UNAVAILABLE = "actor_unavailable"
     """The connection broke; the method may be running, may have ended, or may never have begun."""
     ACTOR_DIED = "actor_died"
@@ -28,7 +28,7 @@ class Outcome(StrEnum):
     UNSCHEDULABLE = "unschedulable"
     RUNTIME_ENV_FAILED = "runtime_env_failed"
     CALL_LOST = "call_lost"
-    """The call or its result was lost, cancelled or refused on the way. It says nothing of the engine."""
+    """The call or its result was lost, cancelled or refused on the way. That says nothing about the engine."""
 
 
 # What each class of ray.exceptions says that is neither an actor's error nor RayTaskError. `classify` looks along an
@@ -83,11 +83,11 @@ FATAL: dict[Outcome, Reason] = {
 
 
 def classify(exception: Exception, actor_id: str) -> Outcome:
-    """What `exception`, which `ray.get` raised of a call to the actor `actor_id` (hex), says of that actor.
+    """Return what an exception says about the actor `actor_id` (hex), if `ray.get` raised it for a call to that actor.
 
-    A `RayTaskError` comes first, whatever it also is: it is the engine's own answer, and an `ActorDiedError` inside
-    it is of a peer that the engine talked to. A bare actor error counts only if it is of this actor; one that names
-    no actor is Ray's verdict on the call itself, and is believed.
+    A `RayTaskError` comes first, whatever it also is. It is the engine's own answer, and an `ActorDiedError` inside it
+    is about a peer. A bare actor error counts only if it is about this actor. One that names no actor is Ray's verdict
+    on the call itself, and counts.
     """
     if isinstance(exception, rx.RayTaskError):
         return Outcome.METHOD_FAILED
@@ -104,7 +104,7 @@ def classify(exception: Exception, actor_id: str) -> Outcome:
     for base in type(exception).__mro__:
         if base in _PLAIN:
             return _PLAIN[base]
-    # Not Ray's: an exception that a value raises while it is being deserialized here. The method had ended.
+    # Not Ray's: a value raised it while it was deserialized here. The method has ended.
     return Outcome.METHOD_FAILED
 
 
@@ -117,9 +117,9 @@ def detail_of(exception: BaseException) -> str:
 
 
 def reason_for(outcome: Outcome, *, state: EngineState, launches: bool, launched: bool) -> Reason | None:
-    """Why an engine in `state` moves upon `outcome`, or None when it does not.
+    """Return why an engine in `state` moves upon `outcome`, or None if it does not.
 
-    `launches` says whether the call was of the launch method, `launched` whether one has succeeded already.
+    `launches` says whether the call was of the launch method, and `launched` whether the launch has succeeded already.
     """
     if outcome in FATAL:
         return FATAL[outcome]

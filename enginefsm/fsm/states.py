@@ -1,6 +1,6 @@
 """The state machine of one engine: its states, its edges, and the record that is driven along them.
 
-Pure: no Ray, no threads, no Prometheus. Whoever drives a record passes the time in and holds the engine's lock.
+Pure: no Ray, no threads, no Prometheus. The caller passes the time in and holds the engine's lock.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ class EngineState(StrEnum):
     """What the monitor believes of an engine."""
 
     LAUNCHING = "launching"
-    """Adopted; its launch method has not ended yet."""
+    """Adopted, and its launch method has not ended."""
     READY = "ready"
     """Its launch method succeeded and it answers."""
     UNAVAILABLE = "unavailable"
-    """It could not be reached last time; it is being re-awaited."""
+    """It could not be reached last time. Its calls are submitted again."""
     DEAD = "dead"
-    """Gone, or given up. Terminal: a replacement is a new incarnation of the same name."""
+    """Gone, or given up. A replacement is a new incarnation of the same name."""
 
 
 class Reason(StrEnum):
@@ -53,19 +53,19 @@ class LaunchStage(StrEnum):
     """How far an engine's actor is while the engine launches."""
 
     WAITING_FOR_ARGUMENTS = "waiting for arguments"
-    """Those of its constructor are still being made."""
+    """The arguments of its constructor are still being made."""
     WAITING_FOR_RESOURCES = "waiting for resources"
-    """No node has what it asks for free yet, or its process is being started there."""
+    """No node has the resources free that it needs, or a node is starting its process."""
     CONSTRUCTING = "constructing"
     """Its constructor runs."""
     CONSTRUCTED = "constructed"
-    """It is there; its launch method has not been called, as far as the monitor knows."""
+    """The actor is there. As far as the monitor knows, its launch method has not been called."""
     INIT_RUNNING = "init running"
-    """It is there, and its launch method, whatever that is named, was called."""
+    """The actor is there, and its launch method was called, whatever its name is."""
 
 
 def why(reason: str, stage: str | None) -> str:
-    """Why an engine is where it is, for people: the reason, and how far its launch is if that is known."""
+    """Return why an engine is where it is, for people: the reason, and how far its launch is if that is known."""
     if stage is None:
         return reason
     return stage if reason == Reason.ADOPTED else f"{reason}: {stage}"
@@ -84,12 +84,13 @@ def one_line(text: object) -> str:
 
 
 STATES = {state.value: state for state in EngineState}
-"""Each state by its text; several times as fast as `EngineState(text)`."""
+"""Each state by its text. This is several times as fast as `EngineState(text)`."""
 
 _LIVE = (EngineState.LAUNCHING, EngineState.READY, EngineState.UNAVAILABLE)
 
-# What each reason does: from which states, to which. No reason leaves DEAD, none but RECOVERED makes an unavailable
-# engine ready, and no deadline of its launch ends one that is ready. ADOPTED is not here: it is how a record begins.
+# What each reason does: from which states, to which. These edges do not exist, on purpose: no reason leaves DEAD, only
+# RECOVERED makes an unavailable engine ready, and no launch deadline ends a ready engine. ADOPTED has no edge, because
+# a record begins with it.
 EDGES: Mapping[Reason, tuple[tuple[EngineState, ...], EngineState]] = {
     Reason.INIT_SUCCEEDED: ((EngineState.LAUNCHING,), EngineState.READY),
     Reason.ACTOR_UNAVAILABLE: ((EngineState.LAUNCHING, EngineState.READY), EngineState.UNAVAILABLE),
@@ -138,25 +139,25 @@ class Transition(NamedTuple):
     labels: Mapping[str, str]
     incarnation: int
     from_state: EngineState | None
-    """None for the first step, by which the engine is launched."""
+    """None for the first step, the adoption."""
     to_state: EngineState
     reason: Reason
     spent_s: float
     """How long the engine had been in `from_state`."""
     age_s: float
-    """How long ago the engine was launched."""
+    """How long ago the engine was adopted."""
     at_s: float
-    """When: seconds since the epoch."""
+    """When it moved, in seconds since the epoch."""
     first_ready: bool
-    """Whether this made the engine ready for the first time."""
+    """Whether the engine is ready for the first time."""
     replaced_after_s: float | None = None
-    """With `first_ready`, of an engine that replaces a dead one: how long ago that one died."""
+    """How long ago the engine died that this one replaces. Set with `first_ready`, and None if it replaces none."""
     detail: str = ""
     """What happened, in one bounded line: the text of the exception, say."""
 
 
 class EngineRecord:
-    """What is known of one incarnation of one engine. Not thread-safe: its owner holds a lock around it."""
+    """The state of one incarnation of one engine. Not thread-safe: its owner holds a lock around it."""
 
     __slots__ = (
         "adopted_at",
@@ -192,18 +193,18 @@ class EngineRecord:
         self.state: str = EngineState.LAUNCHING.value
         self.reason = Reason.ADOPTED
         self.detail = one_line(detail)
-        self.succeeded = False  # whether the launch method has, seen ready or not
+        self.succeeded = False  # whether the launch method has
         self.ever_ready = False
         self.adopted_at = now
         self.adopted_epoch_s = epoch_s
         self.ready_epoch_s: float | None = None  # the first time
-        self.out_since = out_since  # when the engine died that this one replaces, if it does; monotonic
+        self.out_since = out_since  # when the engine died that this one replaces, if it replaces one; monotonic
         self.since = now
         self.since_epoch_s = epoch_s
         self.spent: dict[EngineState, float] = {}
 
     def first_step(self) -> Transition:
-        """The step by which this record began."""
+        """Return the step with which the record began."""
         return Transition(
             self.name, self.labels, self.incarnation, None, EngineState.LAUNCHING, Reason.ADOPTED, 0.0, 0.0,
             self.since_epoch_s, first_ready=False, detail=self.detail,
@@ -235,15 +236,15 @@ class EngineRecord:
         )  # fmt: skip
 
     def time_in_states(self, now: float) -> dict[EngineState, float]:
-        """Seconds spent in each state so far, the present one included, in the order in which they were entered."""
+        """Return the seconds spent in each state so far, the present one included, in the order of their entry."""
         present = STATES[self.state]
         return self.spent | {present: self.spent.get(present, 0.0) + now - self.since}
 
 
 def diagram() -> str:
-    """The machine as a Mermaid state diagram, drawn from the machine itself.
+    """Return the machine as a Mermaid state diagram, drawn from the machine itself.
 
-    One arrow an edge with its reasons; what ends every live state alike is one arrow from their frame.
+    Each arrow is an edge with its reasons. The edges from every live state are one arrow from their frame.
     """
     live = {source for event in MACHINE.events.values() for source in event.transitions}
     inner: dict[tuple[str, str], list[str]] = {}

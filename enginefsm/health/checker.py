@@ -19,7 +19,7 @@ from enginefsm.health.plain_calls import Method, PlainCall
 from enginefsm.health.server_check import Server
 from enginefsm.health.target import Phase, Phases, Probe, Watched
 from enginefsm.metrics.collector import FleetMetrics
-from enginefsm.policy import RetryPolicy, is_finite, is_whole
+from enginefsm.policy import RetryPolicy, check_seconds, check_whole
 
 logger = logging.getLogger("enginefsm")
 
@@ -49,16 +49,10 @@ class Settings:
     url: str | None
 
     def __post_init__(self) -> None:
-        def check(field: str, holds: bool, what: str) -> None:
-            if not holds:
-                raise ValueError(f"watch(): {field} must be {what}, not {getattr(self, field)!r}")
-
-        for field in ("interval_s", "timeout_s"):
-            value = getattr(self, field)
-            check(field, is_finite(value) and value > 0, "a number of seconds above 0")
-        threshold, wait_s = self.failure_threshold, self.first_wait_s
-        check("failure_threshold", is_whole(threshold) and threshold >= 1, "a whole number, 1 or more")
-        check("first_wait_s", is_finite(wait_s) and wait_s >= 0, "a number of seconds, 0 or more")
+        check_seconds("watch(): interval_s", self.interval_s, above=0)
+        check_seconds("watch(): timeout_s", self.timeout_s, above=0)
+        check_seconds("watch(): first_wait_s", self.first_wait_s)
+        check_whole("watch(): failure_threshold", self.failure_threshold, least=1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

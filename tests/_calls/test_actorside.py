@@ -607,7 +607,7 @@ async def test_loops_in_several_threads_run_a_call_once(engine):
     await engine.begun.wait()
     waiting = asyncio.ensure_future(asyncio.to_thread(asyncio.run, elsewhere(1)))
     changed = book_of(engine)["changed"]
-    while not any(entry[-2] for entry in book_of(engine)["callers"]["me"]["calls"].values()):
+    while not any(entry["wakers"] for entry in book_of(engine)["callers"]["me"]["calls"].values()):
         await asyncio.sleep(0.001)
     with changed:
         assert not waiting.done()
@@ -671,7 +671,7 @@ print(json.dumps(answers))
 def test_what_is_sent_to_an_actor_runs_where_there_is_no_enginefsm(tmp_path):
     engine = recording_engine()
     one = Call(engine, "add", Arguments((1,), {"header": 2}), {})
-    one.resubmit_at = 0.0
+    one.rest(0.0)
     one.resubmit(now=0.0)
     one.settle(answered=True)  # from here on the code is not sent
     other = Call(engine, "add", Arguments((3,), {"header": 4}), {})

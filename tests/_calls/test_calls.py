@@ -5,24 +5,19 @@ from __future__ import annotations
 import gc
 import pickle
 import threading
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 from ray import ObjectRef, cloudpickle
-from ray._raylet import ActorID
-from ray.exceptions import ActorUnavailableError, RayTaskError
-from support.bare_handles import RecordingHandle, bare_handle, recording_engine
+from ray.exceptions import RayTaskError
+from support.bare_handles import bare_handle, make_call, recording_engine, sent
 
-from enginefsm import EngineMonitor, RetryPolicy
+from enginefsm import EngineMonitor
 from enginefsm._calls.actor_side import DROPPED, RESTARTED
-from enginefsm._calls.calls import Arguments, Call, Ledger, says_restarted
-from enginefsm._engine.managed import ManagedEngine
-from enginefsm._wait.arrivals import Raised
-from enginefsm._wait.wait import Wait
-from enginefsm.fsm.outcomes import Outcome
-from enginefsm.fsm.states import EngineRecord
+from enginefsm._calls.arguments import Arguments
+from enginefsm._calls.calls import says_restarted
+from enginefsm._calls.ledger import Ledger
 from enginefsm.health.plain_calls import PlainCall
 
 
@@ -185,15 +180,6 @@ def engine():
     return recording_engine()
 
 
-def make_call(engine, method="init", *args, **kwargs):
-    return Call(engine, method, Arguments(args, kwargs), {"name": f"SGLangEngine.{method}"})
-
-
-def sent(engine):
-    """(code, header, values) of each submission."""
-    return [(*carrier.args, values) for carrier, *values in engine.handle.submitted]
-
-
 def test_a_call_is_submitted_when_it_is_made(engine):
     call = make_call(engine, "init", 1, port=30000)
 
@@ -214,7 +200,7 @@ def test_a_resubmission_sends_the_same_call_with_the_arguments_as_they_were(engi
     call = make_call(engine, "init", ports)
     first_ref = call.ref
     ports.append(30001)
-    call.resubmit_at = 5.0
+    call.rest(5.0)
 
     call.resubmit(now=5.0)
 
@@ -222,152 +208,26 @@ def test_a_resubmission_sends_the_same_call_with_the_arguments_as_they_were(engi
     assert second == (first[0], first[1], 1, *first[3:])
     assert values == [[30000]]
     assert call.ref is not first_ref
-    assert call.resubmit_at is None
+    assert call.out is call.ref
     assert engine.handle.options_given[0] == engine.handle.options_given[1]
 
 
-@pytest.mark.parametrize("due", [None, 5.1])
-def test_a_call_that_is_not_due_is_not_resubmitted(engine, due):
+@pytest.mark.parametrize("rests_until", [None, 5.1])
+def test_a_call_that_is_out_or_not_due_is_not_resubmitted(engine, rests_until):
     call = make_call(engine)
-    call.resubmit_at = due
+    if rests_until is not None:
+        call.rest(rests_until)
+    out = call.out
 
     call.resubmit(now=5.0)
 
     assert len(sent(engine)) == 1
-    assert call.resubmit_at == due
-
-
-POLICY = RetryPolicy(base_s=0.02, factor=4, cap_s=3, budget_s=60, jitter="none")
-
-
-@pytest.fixture
-def lost():
-    """An engine that can be reached no more, and how to lose a call to it that some wait has taken up."""
-    record = EngineRecord("e", {}, 1, time.monotonic(), time.time())
-    real = ManagedEngine(bare_handle(), record, "init", None, lambda _: None)
-    real.handle = RecordingHandle()
-    real.handle._ray_actor_id = ActorID.from_random()
-
-    def lose(call, wait):
-        wait.take_up(call)
-        assert wait.take(call.ref, Raised(ActorUnavailableError("cut", None))) is None
-
-    return real, lose
-
-
-def a_wait():
-    return Wait(POLICY, list, lambda _: None, lambda: None)
-
-
-def submit_when_due(wait):
-    time.sleep(max(0.0, wait.wake_at() - time.monotonic()))
-    wait.resubmit_due()
-
-
-def test_calls_that_were_lost_go_out_again_in_the_order_of_their_making_whoever_awaits_them(lost):
-    engine, lose = lost
-    calls = [make_call(engine, "m", number) for number in range(6)]
-    waits = [a_wait() for _ in range(3)]
-    for number in (4, 2, 3, 0, 1, 5):
-        lose(calls[number], waits[number % 3])
-    assert len({call.resubmit_at for call in calls}) == 1
-
-    for wait in reversed(waits):
-        submit_when_due(wait)
-
-    assert [(header[2], *values) for _, header, values in sent(engine)] == [
-        (attempt, number) for attempt in (0, 1) for number in range(6)
-    ]
-    assert [sorted(one._arguments.values()[0] for [one] in wait.watched.values()) for wait in waits] == [
-        [0, 3], [1, 4], [2, 5],
-    ]  # fmt: skip
-
-
-def test_a_call_that_nobody_holds_any_more_does_not_go_out_with_others(lost):
-    engine, lose = lost
-    kept, wait = make_call(engine, "m", "kept"), a_wait()
-    lose(make_call(engine, "m", "dropped"), a_wait())
-    lose(kept, wait)
-    gc.collect()
-
-    submit_when_due(wait)
-
-    assert [values for _, _, values in sent(engine)] == [["kept"], ["dropped"], ["kept"]]
-
-
-def test_a_call_that_nobody_awaits_waits_until_somebody_does(lost):
-    engine, lose = lost
-    left, awaited, leaves, wait = make_call(engine), make_call(engine), a_wait(), a_wait()
-    lose(left, leaves)
-    lose(awaited, wait)
-    leaves.leave()
-
-    submit_when_due(wait)
-    assert (left.attempt, awaited.attempt) == (0, 1)
-
-    later = a_wait()
-    later.take_up(left)
-    submit_when_due(later)
-    assert left.attempt == 1
-
-
-class Unwilling:
-    """An argument that cannot be unpickled once it was lost."""
-
-    lost = False
-
-    def __reduce__(self):
-        return Unwilling.again, ()
-
-    @staticmethod
-    def again():
-        if Unwilling.lost:
-            raise ValueError("not now")
-        return Unwilling()
-
-
-def test_what_keeps_a_call_from_being_submitted_again_is_told_to_whoever_awaits_that_one(lost, monkeypatch):
-    engine, lose = lost
-    bad, good, bads, goods = make_call(engine, "m", Unwilling()), make_call(engine), a_wait(), a_wait()
-    lose(bad, bads)
-    lose(good, goods)
-    monkeypatch.setattr(Unwilling, "lost", True)
-
-    submit_when_due(goods)
-    assert good.attempt == 1
-    with pytest.raises(ValueError, match="not now"):
-        submit_when_due(bads)
-
-
-def test_a_new_outage_does_not_wait_for_calls_of_an_earlier_one_that_nobody_holds(lost):
-    engine, lose = lost
-    lose(make_call(engine), Wait(RetryPolicy(base_s=15, jitter="none"), list, lambda _: None, lambda: None))
-    gc.collect()
-    engine.observe(Outcome.SUCCEEDED, launches=False, submitted_at=time.monotonic())
-    call, wait = make_call(engine), a_wait()
-
-    lose(call, wait)
-
-    assert wait.wake_at() - time.monotonic() < 1
-
-
-def test_pauses_grow_with_the_outage_and_not_with_the_calls_that_it_takes(lost):
-    engine, lose = lost
-    calls, wait, pauses = [make_call(engine, "m", number) for number in range(4)], a_wait(), []
-    for _ in range(3):
-        began = time.monotonic()
-        for call in calls:
-            lose(call, wait)
-        pauses.append(wait.wake_at() - began)
-        calls.append(make_call(engine, "m", len(calls)))  # one more each time, which fails with the others
-        submit_when_due(wait)
-    assert pauses == [pytest.approx(expected, abs=0.015) for expected in (0.02, 0.08, 0.32)]
-    assert [call.attempts_in_outage for call in calls] == [3, 3, 3, 3, 2, 1, 0]
+    assert call.out is out
 
 
 def test_threads_that_wait_for_one_call_resubmit_it_once(engine):
     call = make_call(engine)
-    call.resubmit_at = 0.0
+    call.rest(0.0)
     start = threading.Barrier(4)
 
     def resubmit():

@@ -119,7 +119,7 @@ def test_what_get_refuses_gather_refuses(fleet, plain_loop):
     call = rig.engine.init.remote()
     with pytest.raises(TypeError, match="takes calls and ObjectRefs, not int"):
         plain_loop.run(fleet.monitor.gather(1))
-    with pytest.raises(ValueError, match="timeout is"):
+    with pytest.raises(ValueError, match="timeout must be"):
         plain_loop.run(fleet.monitor.gather(call, timeout=-1))
     with pytest.raises(ValueError, match="another monitor"):
         plain_loop.run(enginefsm.EngineMonitor().gather(call))
@@ -203,7 +203,7 @@ def test_cancelling_while_calls_are_submitted_again_is_cancelling(fleet, plain_l
     call = rig.engine.init.remote()
     rig.wait_for("begun")
     waits, make = [], fleet.monitor._wait
-    monkeypatch.setattr(fleet.monitor, "_wait", lambda: waits.append(make()) or waits[-1])
+    monkeypatch.setattr(fleet.monitor, "_wait", lambda timeout_s: waits.append(make(timeout_s)) or waits[-1])
 
     def forget_while_another_is_watched(taker, ref):
         arrivals.forget(taker, ref)
@@ -247,7 +247,7 @@ def test_a_call_that_another_wait_submits_again_just_as_it_is_watched_is_followe
 
     def submitted_again_first(taker, ref):
         monkeypatch.undo()
-        call.resubmit_at = 0.0
+        call.rest(0.0)
         call.resubmit(time.monotonic())
         arrivals.tell(taker, ref)
 

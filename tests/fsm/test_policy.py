@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from enginefsm import RestartCap, RetryPolicy
-from enginefsm.policy import FLOOR_S, Outage
+from enginefsm.policy import FLOOR_S
 
 NAN, INFINITY = math.nan, math.inf
 
@@ -108,41 +108,6 @@ def test_pauses_with_jitter_are_spread_over_all_that_they_may_be():
     assert min(pauses) < 2
     assert max(pauses) > 8
     assert 4 < sum(pauses) / len(pauses) < 6
-
-
-@pytest.mark.parametrize(
-    ("policy", "attempts", "passed_s", "exhausted"),
-    [
-        (RetryPolicy(budget_s=10), 0, 0.0, False),
-        (RetryPolicy(budget_s=10), 10_000, 9.99, False),
-        (RetryPolicy(budget_s=10), 0, 10.0, True),
-        (RetryPolicy(budget_s=0), 0, 0.0, True),
-        (RetryPolicy(max_attempts=3), 2, 0.0, False),
-        (RetryPolicy(max_attempts=3), 3, 0.0, True),
-        (RetryPolicy(max_attempts=0), 0, 0.0, True),
-        (RetryPolicy(max_attempts=3, budget_s=1), 0, 1.0, True),
-    ],
-)
-def test_an_outage_is_out_of_bounds_once_its_time_or_its_attempts_are_spent(policy, attempts, passed_s, exhausted):
-    assert Outage(since=100.0).exhausted(policy, attempts, now=100.0 + passed_s) is exhausted
-
-
-@pytest.mark.parametrize(
-    ("passed_s", "after_s"),
-    [(0.0, 4.0), (5.0, 4.0), (7.0, 3.0), (10.0, 0.0), (12.0, 0.0)],
-)
-def test_the_last_resubmission_uses_what_is_left_of_the_budget(passed_s, after_s):
-    now = 100.0 + passed_s
-
-    assert Outage(since=100.0).in_budget(RetryPolicy(budget_s=10), now + 4.0, now) == pytest.approx(now + after_s)
-
-
-def test_each_resubmission_of_an_outage_waits_longer():
-    policy, outage = RetryPolicy(base_s=1, factor=2, cap_s=5, jitter="none"), Outage(since=0.0)
-
-    pauses = [outage.next_pause_s(policy) for _ in range(4)]
-
-    assert pauses == [pytest.approx(expected) for expected in (1, 2, 4, 5)]
 
 
 @pytest.mark.parametrize(

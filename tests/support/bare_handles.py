@@ -9,7 +9,9 @@ from typing import Any
 from ray._raylet import ActorID, Language, PythonFunctionDescriptor
 from ray.actor import ActorHandle
 
-from enginefsm._calls.calls import Ledger
+from enginefsm._calls.arguments import Arguments
+from enginefsm._calls.calls import Call
+from enginefsm._calls.ledger import Ledger
 
 
 def bare_handle(*methods: str) -> ActorHandle:
@@ -60,3 +62,12 @@ def recording_engine() -> SimpleNamespace:
     return SimpleNamespace(
         name="e", launch="init", awaiter=None, on_loop=False, ledger=Ledger(), handle=RecordingHandle()
     )
+
+
+def make_call(engine, method="init", *args, **kwargs):
+    return Call(engine, method, Arguments(args, kwargs), {"name": f"SGLangEngine.{method}"})
+
+
+def sent(engine):
+    """(code, header, values) of each submission."""
+    return [(*carrier.args, values) for carrier, *values in engine.handle.submitted]

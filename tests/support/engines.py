@@ -103,13 +103,13 @@ class Engine:
 
     def remembered(self):
         """How many outcomes enginefsm keeps on this actor."""
-        pages = sys.modules["_enginefsm_books_1"].books[id(self)]["callers"].values()
+        pages = sys.modules["_enginefsm_books_2"].books[id(self)]["callers"].values()
         return sum(len(page["held"]) for page in pages)
 
     def waiting_again(self):
         """How many submissions wait on this asyncio actor for a method that an earlier one runs."""
-        pages = sys.modules["_enginefsm_books_1"].books[id(self)]["callers"].values()
-        return sum(len(entry[4]) for page in pages for entry in page["calls"].values())
+        pages = sys.modules["_enginefsm_books_2"].books[id(self)]["callers"].values()
+        return sum(len(entry["wakers"]) for page in pages for entry in page["calls"].values())
 
     def can_import_enginefsm(self):
         try:

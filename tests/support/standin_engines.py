@@ -8,7 +8,8 @@ from concurrent.futures import Future
 
 from ray.exceptions import ActorUnavailableError
 
-from enginefsm._calls.calls import Arguments, Call
+from enginefsm._calls.arguments import Arguments
+from enginefsm._calls.calls import Call
 from enginefsm._engine.proxy import managed
 from support.bare_handles import bare_handle
 
