@@ -30,8 +30,8 @@ from enginefsm.export import FLUSH_S, Exporter
 from enginefsm.fsm.incarnations import Incarnation
 from enginefsm.fsm.outcomes import Outcome, classify
 from enginefsm.fsm.states import EngineState, LaunchStage, Reason, Transition
+from enginefsm.fsm.verdicts import ServerAnswer
 from enginefsm.health.monitor import HealthMonitor, Verdict
-from enginefsm.health.server_check import Server
 from enginefsm.metrics.collector import MetricsServer
 from enginefsm.monitor import EngineMonitor
 from enginefsm.policy import RestartCap, RetryPolicy
@@ -59,7 +59,7 @@ __all__ = [
     "RestartCapError",
     "RetryExhaustedError",
     "RetryPolicy",
-    "Server",
+    "ServerAnswer",
     "Transition",
     "UnsupportedRayError",
     "Verdict",

@@ -22,9 +22,7 @@ ORDER = [
 SHARED = {"errors", "events", "policy"}
 
 # Imports that go the other way today. The test fails if one of them is gone: take it off the list then.
-KNOWN_OFFENDERS: set[tuple[str, str]] = {
-    ("enginefsm.metrics.collector", "enginefsm.health.server_check"),
-}
+KNOWN_OFFENDERS: set[tuple[str, str]] = {}
 
 
 def module_name(path):

@@ -37,6 +37,20 @@ class Check(StrEnum):
     """Ray lost or refused the probe, on this side."""
 
 
+class ServerAnswer(StrEnum):
+    """What an engine's server answered to the last HTTP request of the watch."""
+
+    SERVES = "serves"
+    UNWELL = "unwell"
+    """The server answers, but not with 200. SGLang answers 503 after 20 s while its scheduler is held, as in a weight
+    update or a pause of generation. The server's process lives; nothing else is certain."""
+    FAILS = "fails"
+    """The server refuses or closes the connection, or does not speak HTTP."""
+    UNKNOWN = "unknown"
+    """The server is silent, or this host cannot reach it."""
+    NOT_ASKED = "not_asked"
+
+
 class Decision(StrEnum):
     """What becomes of a verdict that is due."""
 

@@ -14,9 +14,8 @@ import ray
 from enginefsm._engine.managed import ManagedEngine
 from enginefsm.fsm.outcomes import FATAL, Outcome
 from enginefsm.fsm.states import GIVEN_UP, EngineState, Reason
-from enginefsm.fsm.verdicts import Check, Decision, FailureCount, VerdictLimits
+from enginefsm.fsm.verdicts import Check, Decision, FailureCount, ServerAnswer, VerdictLimits
 from enginefsm.health.plain_calls import Method, PlainCall
-from enginefsm.health.server_check import Server
 from enginefsm.health.target import Phase, Phases, Probe, Watched
 from enginefsm.metrics.collector import FleetMetrics
 from enginefsm.policy import RetryPolicy, check_seconds, check_whole
@@ -64,8 +63,8 @@ class Fleet:
     policy: RetryPolicy
     metrics: FleetMetrics
     limits: VerdictLimits
-    deliver: Callable[[], object]
-    """Tells listeners; called when engines may have moved."""
+    deliver: Callable[[float], object]
+    """Tells listeners; called when engines may have moved. Waits so many seconds for another thread that is at it."""
 
 
 class Checks:
@@ -164,10 +163,10 @@ class Checks:
             for watched in self._watched:
                 watched.forgive_stop(stopped_s, now + STALLED_S)
 
-    def deliver(self) -> None:
-        """Tell listeners of what has moved."""
+    def deliver(self, patience_s: float = 0.0) -> None:
+        """Tell listeners of what has moved; wait `patience_s` at most if another thread does so."""
         try:
-            self._fleet.deliver()
+            self._fleet.deliver(patience_s)
         except BaseException:  # a listener that exits would only end this thread
             logger.exception("a listener has ended the delivery of an event")
 
@@ -224,14 +223,14 @@ class Checks:
             return
         watched.overdue_at = now + self._pause_s()
         says = watched.group.says
-        if says is not Server.FAILS and probe.is_behind_a_call():
+        if says is not ServerAnswer.FAILS and probe.is_behind_a_call():
             self._count(watched, Check.BUSY)
             self._update_limits(watched, engine, heard_at=now)
             return
         self._count(watched, Check.SILENT)
-        probe.counted = says not in (Server.SERVES, Server.UNWELL)  # else its server's process lives
+        probe.counted = says not in (ServerAnswer.SERVES, ServerAnswer.UNWELL)  # else its server's process lives
         engine.suspect(Reason.PROBE_TIMEOUT, probe.sent_at)
-        watched.failures.add(Reason.PROBE_TIMEOUT, now, counts=probe.counted, told=says is Server.FAILS)
+        watched.failures.add(Reason.PROBE_TIMEOUT, now, counts=probe.counted, told=says is ServerAnswer.FAILS)
         self._give_up_if_due(watched, engine, phase)
 
     def _refused(self, watched: Watched, engine: ManagedEngine, probe: Probe, phase: Phase) -> None:
@@ -302,9 +301,17 @@ class Checks:
                 return
             if self._limits.decide(watched.group, engine.name, since, now) is not Decision.GIVEN:
                 return
-            if engine.give_up(Reason.RETRY_EXHAUSTED):
+            if engine.give_up(*self._end(watched, since, now)):
                 self._update_limits(watched, engine)
                 self._ends(watched, engine)
+
+    def _end(self, watched: Watched, since: float, now: float) -> tuple[Reason, str]:
+        """Return the reason for giving an actor up, and the same in words."""
+        failures, server = watched.failures, watched.group.says
+        last = f"the last failure: {failures.cause}, the server: {server}"
+        if failures.counted:
+            return Reason.HEALTH_CHECKS_FAILED, f"{failures.count} health checks in a row failed; {last}"
+        return Reason.RETRY_EXHAUSTED, f"the outage has lasted {now - since:.1f} s; {last}"
 
     def _counts_anew(self, watched: Watched) -> bool:
         """Forget failures from before the end of a mass outage; say whether it did."""

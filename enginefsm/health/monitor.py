@@ -19,8 +19,8 @@ from enginefsm._engine.managed import ManagedEngine
 from enginefsm._engine.proxy import Engine, proxy
 from enginefsm._ray import ends as _ends
 from enginefsm.fsm.states import GIVEN_UP, Reason
+from enginefsm.fsm.verdicts import ServerAnswer
 from enginefsm.health.checker import TICK_S, Checks, Fleet, Settings
-from enginefsm.health.server_check import Server
 from enginefsm.health.target import Group, Phases, Watched
 
 logger = logging.getLogger("enginefsm")
@@ -28,6 +28,8 @@ logger = logging.getLogger("enginefsm")
 CALLBACK_S = 60.0
 """When a callback has run for so long, the verdicts that wait for it are logged."""
 STOP_S = 5.0
+LISTENERS_S = 2.0
+"""How long a verdict waits for listeners that another thread is telling of the end."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class Verdict:
     The engine's other actors may live either way: kill them all before you replace them."""
     cause: Reason | None
     """What the last check found: `actor_unavailable`, `probe_timeout` or `probe_failed`; None if that went well."""
-    server: Server
+    server: ServerAnswer
     """What its server said last."""
 
 
@@ -185,10 +187,7 @@ class HealthMonitor:
     def _call_back(self) -> None:
         """Hand verdicts to the callback, in order."""
         while (verdict := self._verdicts.get()) is not None:
-            self._checks.deliver()  # listeners hear of the end first
-            if verdict.by_monitor and verdict.cause is not None:
-                name, cause, server = verdict.engine.fsm.name, verdict.cause, verdict.server
-                logger.error("engine %s was given up: %s (its server: %s)", name, cause, server)
+            self._checks.deliver(LISTENERS_S)  # the callback comes after the listeners
             if self._on_dead is None or self._phases.ended:
                 continue
             self._calling = verdict, time.monotonic()

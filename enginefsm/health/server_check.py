@@ -7,27 +7,13 @@ import logging
 import socket
 import urllib.parse
 from collections.abc import Callable
-from enum import StrEnum
 
 from enginefsm._engine.managed import ManagedEngine
 from enginefsm.fsm.outcomes import Outcome
+from enginefsm.fsm.verdicts import ServerAnswer
 from enginefsm.health.plain_calls import Method, PlainCall
 
 logger = logging.getLogger("enginefsm")
-
-
-class Server(StrEnum):
-    """Whether an engine's server serves."""
-
-    SERVES = "serves"
-    UNWELL = "unwell"
-    """It answers, but not that all is well (200). SGLang does so (503, after 20 s) while its scheduler is held, as in a
-    weight update or a pause of generation. Its process lives, that is sure; nothing else is."""
-    FAILS = "fails"
-    """It refuses connections or closes them, or what answers is no HTTP server."""
-    UNKNOWN = "unknown"
-    """It is silent, or cannot be reached from here."""
-    NOT_ASKED = "not_asked"
 
 
 class Address:
@@ -49,21 +35,21 @@ class Address:
         ).encode()
 
 
-async def ask(address: Address, timeout_s: float) -> Server:
+async def ask(address: Address, timeout_s: float) -> ServerAnswer:
     """Whether the server at `address` serves, after `timeout_s` seconds at most. No proxy is asked."""
     loop, said = asyncio.get_running_loop(), set()
     try:
         async with asyncio.timeout(timeout_s):
             for *_, place in await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM):
                 said.add(opinion := await _ask_at(str(place[0]), address))
-                if opinion in (Server.SERVES, Server.UNWELL):
+                if opinion in (ServerAnswer.SERVES, ServerAnswer.UNWELL):
                     return opinion
     except (OSError, UnicodeError):  # a name that is unknown or none, or the timeout, says nothing of the server
-        return Server.UNKNOWN
-    return Server.FAILS if said == {Server.FAILS} else Server.UNKNOWN
+        return ServerAnswer.UNKNOWN
+    return ServerAnswer.FAILS if said == {ServerAnswer.FAILS} else ServerAnswer.UNKNOWN
 
 
-async def _ask_at(host: str, address: Address) -> Server:
+async def _ask_at(host: str, address: Address) -> ServerAnswer:
     """What is said at one of the IP addresses that the host has."""
     try:
         reader, writer = await asyncio.open_connection(host, address.port)
@@ -73,15 +59,15 @@ async def _ask_at(host: str, address: Address) -> Server:
         finally:
             writer.close()
     except ConnectionError:
-        return Server.FAILS
+        return ServerAnswer.FAILS
     except OSError:  # a route that is missing says nothing of the server
-        return Server.UNKNOWN
+        return ServerAnswer.UNKNOWN
     except ValueError:  # a line without end: this is no HTTP server
-        return Server.FAILS
+        return ServerAnswer.FAILS
     protocol, _, code = status.partition(b" ")
     if not protocol.startswith(b"HTTP/"):
-        return Server.FAILS
-    return Server.SERVES if code[:3] == b"200" else Server.UNWELL
+        return ServerAnswer.FAILS
+    return ServerAnswer.SERVES if code[:3] == b"200" else ServerAnswer.UNWELL
 
 
 class SecondOpinion:
@@ -101,7 +87,7 @@ class SecondOpinion:
         self._url = url
         self._timeout_s = timeout_s
         self._asked = asked
-        self.said = Server.UNKNOWN
+        self.said = ServerAnswer.UNKNOWN
         """What the server said last."""
         self._times_forgotten = 0
         self.is_asking = False
@@ -114,14 +100,14 @@ class SecondOpinion:
         self._has_none = False
 
     @property
-    def says(self) -> Server:
+    def says(self) -> ServerAnswer:
         """The same, but that it fails is held against it only until it is asked again."""
-        return Server.UNKNOWN if self.is_asking and self.said is Server.FAILS else self.said
+        return ServerAnswer.UNKNOWN if self.is_asking and self.said is ServerAnswer.FAILS else self.said
 
     @property
     def objects(self) -> bool:
         """Whether the server said last that all is not well, or is gone."""
-        return self.said in (Server.UNWELL, Server.FAILS)
+        return self.said in (ServerAnswer.UNWELL, ServerAnswer.FAILS)
 
     def ask(self) -> None:
         """Have the server asked, unless it is being asked."""
@@ -131,7 +117,7 @@ class SecondOpinion:
 
     def forget(self) -> None:
         """Take nothing into account that was said so far, or is said to a question that was asked before."""
-        self.said = Server.UNKNOWN
+        self.said = ServerAnswer.UNKNOWN
         self._times_forgotten += 1
 
     async def keep_asking(self) -> None:
@@ -145,10 +131,10 @@ class SecondOpinion:
                 if self._address is not None:
                     said = await ask(self._address, self._timeout_s)
                     still_counts = engine is self._engine() and times_forgotten == self._times_forgotten
-                    self.said = said if still_counts else Server.UNKNOWN
+                    self.said = said if still_counts else ServerAnswer.UNKNOWN
             except Exception:  # of this library: the checks go on without it
                 logger.exception("the server of engine %s could not be asked", engine.name)
-                self.said = Server.UNKNOWN
+                self.said = ServerAnswer.UNKNOWN
             self.is_asking = False
             self._asked()
 
@@ -156,7 +142,7 @@ class SecondOpinion:
         """Ask the actor for its server's address: once, and again while it does not serve there: it may have moved."""
         if self._of is not engine:
             self._of, self._address, self._asked_for, self._has_none = engine, None, None, False
-            self.said = Server.UNKNOWN
+            self.said = ServerAnswer.UNKNOWN
         if self._asked_for is None:
             if not self._has_none and (self._address is None or self.objects):
                 self._asked_for = PlainCall(Method(engine, self._url, self._timeout_s))

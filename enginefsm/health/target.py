@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from enginefsm._engine.managed import ManagedEngine
 from enginefsm.fsm.outcomes import Outcome
-from enginefsm.fsm.verdicts import FailureCount
+from enginefsm.fsm.verdicts import FailureCount, ServerAnswer
 from enginefsm.health.plain_calls import Method, PlainCall
-from enginefsm.health.server_check import SecondOpinion, Server
+from enginefsm.health.server_check import SecondOpinion
 
 
 class Phase(NamedTuple):
@@ -65,9 +65,9 @@ class Group:
         self.opinion = None if url is None else SecondOpinion(lambda: node_0.engine, url, timeout_s, node_0.wake)
 
     @property
-    def says(self) -> Server:
+    def says(self) -> ServerAnswer:
         """What its server says."""
-        return Server.NOT_ASKED if self.opinion is None else self.opinion.says
+        return ServerAnswer.NOT_ASKED if self.opinion is None else self.opinion.says
 
 
 class Watched:

@@ -24,8 +24,7 @@ from enginefsm._engine.managed import EngineSnapshot
 from enginefsm.events import CallOutcome, Event
 from enginefsm.fsm.outcomes import Outcome
 from enginefsm.fsm.states import EDGES, GIVEN_UP, EngineState, Reason, Transition
-from enginefsm.fsm.verdicts import HELD, Check, Decision
-from enginefsm.health.server_check import Server
+from enginefsm.fsm.verdicts import HELD, Check, Decision, ServerAnswer
 from enginefsm.metrics.counters import Counts, Durations
 
 GROUP = ("run", "model", "worker_type")
@@ -182,10 +181,10 @@ class FleetMetrics(Collector):
         """Begin to count, at 0, the health monitor's checks of engines with these labels."""
         group = self._group(labels)
         for actor in Check:
-            for server in Server:
+            for server in ServerAnswer:
                 self._health_checks.begin(*group, actor, server)
 
-    def checked(self, labels: Mapping[str, str], actor: Check, server: Server) -> None:
+    def checked(self, labels: Mapping[str, str], actor: Check, server: ServerAnswer) -> None:
         """Count a check of the health monitor's."""
         self._health_checks.add(*self._group(labels), actor, server)
 

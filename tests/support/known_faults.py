@@ -5,8 +5,7 @@ from __future__ import annotations
 from enginefsm.export import Hub, hub
 from enginefsm.fsm.outcomes import Outcome
 from enginefsm.fsm.states import Reason
-from enginefsm.fsm.verdicts import Check, Decision
-from enginefsm.health.server_check import Server
+from enginefsm.fsm.verdicts import Check, Decision, ServerAnswer
 from support.standin_fleet import StandInFleet
 
 
@@ -48,7 +47,7 @@ def let_faults_happen(glm):
     glm.metrics.exporter_failed("hub")
     for check, server, times in (("answered", "serves", 5), ("silent", "serves", 3), ("answered", "fails", 2)):
         for _ in range(times):
-            glm.metrics.checked({"model": "tiny", "worker_type": "regular"}, Check(check), Server(server))
+            glm.metrics.checked({"model": "tiny", "worker_type": "regular"}, Check(check), ServerAnswer(server))
     glm.held = {Decision.KILL_CAP: 2}
     for _ in range(3):
         glm.metrics.event_dropped("hub")

@@ -19,10 +19,9 @@ from support.servers import serving
 from support.stopwatch import Stopwatch
 
 import enginefsm
-from enginefsm import EngineState, Reason
+from enginefsm import EngineState, Reason, ServerAnswer
 from enginefsm.health import monitor as health_module
 from enginefsm.health.monitor import STOP_S
-from enginefsm.health.server_check import Server
 from enginefsm.rehearsal import chaos
 from enginefsm.rehearsal.standin import StandInEngine
 
@@ -146,7 +145,8 @@ def end_of(verdict):
     return verdict.reason, verdict.by_monitor, verdict.cause
 
 
-OURS = (Reason.RETRY_EXHAUSTED, True)
+OURS = (Reason.HEALTH_CHECKS_FAILED, True)
+BUDGET_SPENT = (Reason.RETRY_EXHAUSTED, True)
 
 
 def test_an_engine_whose_connection_breaks_becomes_unavailable_and_ready_again_and_no_break_is_a_failure(
@@ -235,7 +235,7 @@ def test_what_is_false_or_raises_is_a_failure_and_a_success_clears_them(fleet, w
     assert verdicts.given == []
     rig.open(sign)
     assert end_of(verdicts.wait_for()) == (*OURS, Reason.PROBE_FAILED)
-    assert (UNAVAILABLE, DEAD, Reason.RETRY_EXHAUSTED) in fleet.steps(rig.engine)
+    assert (UNAVAILABLE, DEAD, Reason.HEALTH_CHECKS_FAILED) in fleet.steps(rig.engine)
 
 
 def test_the_actors_other_answers_do_not_make_an_engine_ready_whose_probe_fails(fleet, watch):
@@ -367,7 +367,7 @@ def test_a_server_that_dies_is_noticed_over_http_though_the_actor_says_that_all_
         verdict = verdicts.wait_for()
         assert since_killed.s < 3 * 0.2 + 2 + 1
     assert (verdict.engine, end_of(verdict)) == (rigs[0].engine, (*OURS, Reason.PROBE_FAILED))
-    assert verdict.server is Server.FAILS
+    assert verdict.server is ServerAnswer.FAILS
     assert checks(fleet, "answered", "fails") >= 3
     assert rigs[1].engine.fsm.state is READY
 
@@ -397,7 +397,7 @@ def test_an_actor_that_is_silent_while_its_server_serves_is_given_up_when_the_bu
         verdict = verdicts.wait_for()
     fleet.monitor.close()
     assert time.monotonic() - began >= 1
-    assert (end_of(verdict), verdict.server) == ((*OURS, Reason.PROBE_TIMEOUT), Server.SERVES)
+    assert (end_of(verdict), verdict.server) == ((*BUDGET_SPENT, Reason.PROBE_TIMEOUT), ServerAnswer.SERVES)
 
 
 def test_while_a_call_is_out_a_server_that_is_unwell_ends_nothing_and_one_that_refuses_does(fleet, watch, verdicts):
@@ -411,7 +411,7 @@ def test_while_a_call_is_out_a_server_that_is_unwell_ends_nothing_and_one_that_r
         server.status = 503
         wait_until(lambda: checks(fleet, "busy", "unwell") >= 4, what="some intervals")
         assert rig.engine.fsm.state is READY
-    assert verdicts.wait_for().server is Server.FAILS
+    assert verdicts.wait_for().server is ServerAnswer.FAILS
     rig.open("let_go")
     ray.get(held_call.ref)
 
@@ -423,7 +423,7 @@ def test_an_engine_that_answers_while_its_server_is_unwell_is_given_up_after_the
         wait_until(lambda: checks(fleet, "answered", "serves") >= 2, what="some checks")
         server.status = 503
         verdict = verdicts.wait_for()
-    assert (end_of(verdict), verdict.server) == ((*OURS, Reason.PROBE_FAILED), Server.UNWELL)
+    assert (end_of(verdict), verdict.server) == ((*OURS, Reason.PROBE_FAILED), ServerAnswer.UNWELL)
 
 
 def test_an_actor_that_is_silent_while_its_server_is_unwell_is_kept_for_the_budget(cluster, make_fleet, verdicts):
@@ -439,7 +439,7 @@ def test_an_actor_that_is_silent_while_its_server_is_unwell_is_kept_for_the_budg
         verdict = verdicts.wait_for()
         fleet.monitor.close()
     assert time.monotonic() - began >= 2
-    assert (end_of(verdict), verdict.server) == ((*OURS, Reason.PROBE_TIMEOUT), Server.UNWELL)
+    assert (end_of(verdict), verdict.server) == ((*BUDGET_SPENT, Reason.PROBE_TIMEOUT), ServerAnswer.UNWELL)
 
 
 # What holds verdicts.

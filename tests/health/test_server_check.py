@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from enginefsm.health.server_check import Address, SecondOpinion, Server, ask
+from enginefsm.fsm.verdicts import ServerAnswer
+from enginefsm.health.server_check import Address, SecondOpinion, ask
 
 
 def opinion(answer, path="", timeout_s=5.0):
@@ -35,7 +36,7 @@ def opinion(answer, path="", timeout_s=5.0):
 
 def test_a_server_that_answers_200_serves():
     said, asked = opinion(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
-    assert said is Server.SERVES
+    assert said is ServerAnswer.SERVES
     assert asked.startswith(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1:")
 
 
@@ -46,26 +47,26 @@ def test_health_is_asked_after_under_the_base_url():
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 503 Service Unavailable\r\n\r\n", b"HTTP/1.1 302 Found\r\n\r\n",
                                     b"HTTP/1.1 500\r\n\r\n"])  # fmt: skip
 def test_a_server_that_answers_anything_else_is_unwell(answer):
-    assert opinion(answer)[0] is Server.UNWELL
+    assert opinion(answer)[0] is ServerAnswer.UNWELL
 
 
 @pytest.mark.parametrize("answer", [b"", b"SSH-2.0-OpenSSH\r\n", b"x" * 200_000])
 def test_a_server_that_closes_the_connection_or_speaks_no_http_fails(answer):
-    assert opinion(answer)[0] is Server.FAILS
+    assert opinion(answer)[0] is ServerAnswer.FAILS
 
 
 def test_a_port_where_nothing_listens_fails():
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
-        assert asyncio.run(ask(Address(f"http://127.0.0.1:{held.getsockname()[1]}"), 5.0)) is Server.FAILS
+        assert asyncio.run(ask(Address(f"http://127.0.0.1:{held.getsockname()[1]}"), 5.0)) is ServerAnswer.FAILS
 
 
 @pytest.mark.parametrize(
     ("places", "said"),
     [
-        (["127.0.0.1", "127.0.0.2"], Server.FAILS),
-        (["127.0.0.1", "255.255.255.255"], Server.UNKNOWN),  # to the second there is no way from here
-        (["255.255.255.255"], Server.UNKNOWN),
+        (["127.0.0.1", "127.0.0.2"], ServerAnswer.FAILS),
+        (["127.0.0.1", "255.255.255.255"], ServerAnswer.UNKNOWN),  # to the second there is no way from here
+        (["255.255.255.255"], ServerAnswer.UNKNOWN),
     ],
 )
 def test_a_host_with_several_addresses_fails_if_all_of_them_refuse(monkeypatch, places, said):
@@ -88,12 +89,12 @@ def test_a_host_is_asked_at_its_next_address_if_the_first_refuses(monkeypatch):
         return [found for one in ("127.0.0.2", host) for found in look_up(one, port, type=socket.SOCK_STREAM)]
 
     monkeypatch.setattr(socket, "getaddrinfo", answer)
-    assert opinion(b"HTTP/1.1 200 OK\r\n\r\n")[0] is Server.SERVES
+    assert opinion(b"HTTP/1.1 200 OK\r\n\r\n")[0] is ServerAnswer.SERVES
 
 
 def test_a_silent_server_is_unknown_after_the_timeout():
     began = time.monotonic()
-    assert opinion(None, timeout_s=0.2)[0] is Server.UNKNOWN
+    assert opinion(None, timeout_s=0.2)[0] is ServerAnswer.UNKNOWN
     assert time.monotonic() - began < 30
 
 
@@ -106,7 +107,7 @@ def test_a_server_that_does_not_accept_is_unknown():
             waiting = sockets.enter_context(socket.socket())
             waiting.setblocking(False)
             waiting.connect_ex(full.getsockname())
-        assert asyncio.run(ask(Address(f"http://127.0.0.1:{full.getsockname()[1]}"), 0.2)) is Server.UNKNOWN
+        assert asyncio.run(ask(Address(f"http://127.0.0.1:{full.getsockname()[1]}"), 0.2)) is ServerAnswer.UNKNOWN
 
 
 def test_what_was_asked_before_a_pause_says_nothing_after_it(monkeypatch):
@@ -115,7 +116,7 @@ def test_what_was_asked_before_a_pause_says_nothing_after_it(monkeypatch):
 
         async def slow(address, timeout_s):
             await answered.wait()
-            return Server.UNWELL
+            return ServerAnswer.UNWELL
 
         monkeypatch.setattr("enginefsm.health.server_check.ask", slow)
         monkeypatch.setattr(SecondOpinion, "_learn_address", lambda opinion, engine: None)
@@ -130,12 +131,12 @@ def test_what_was_asked_before_a_pause_says_nothing_after_it(monkeypatch):
         asking.cancel()
         return opinion.said
 
-    assert asyncio.run(opinion_after_a_pause()) is Server.UNKNOWN
+    assert asyncio.run(opinion_after_a_pause()) is ServerAnswer.UNKNOWN
 
 
 def test_no_proxy_is_asked(monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    assert opinion(b"HTTP/1.1 200 OK\r\n\r\n")[0] is Server.SERVES
+    assert opinion(b"HTTP/1.1 200 OK\r\n\r\n")[0] is ServerAnswer.SERVES
 
 
 @pytest.mark.parametrize("url", [None, 8000, "", "127.0.0.1:8000", "https://127.0.0.1", "http://", "http://h:x"])
