@@ -486,25 +486,21 @@ class ManagerWithACleanup(ManagerInAnActor):
         self.note(f"cleanup ran, closed: {self.monitor.closed}")
 
 
-def leave(held):
-    held[0].leave.remote()
+def leave(actor):
+    actor.leave.remote()
 
 
-def terminate(held):
-    held[0].__ray_terminate__.remote()
-
-
-def let_go(held):
-    held.clear()
+def terminate(actor):
+    actor.__ray_terminate__.remote()
 
 
 @pytest.mark.parametrize("cls", [ManagerInAnActor, ManagerWithACleanup])
-@pytest.mark.parametrize("end", [leave, terminate, let_go], ids=lambda end: end.__name__)
+@pytest.mark.parametrize("end", [leave, terminate], ids=lambda end: end.__name__)
 def test_an_actor_that_ray_lets_end_is_a_good_end_and_all_else_that_ends_with_it_still_runs(cls, end, place, tmp_path):
     log = tmp_path / "log"
-    held = [ray.remote(num_cpus=0)(cls).remote(place.settings, place.name, str(log))]
-    assert ray.get(held[0].up.remote())
-    end(held)
+    actor = ray.remote(num_cpus=0)(cls).remote(place.settings, place.name, str(log))
+    assert ray.get(actor.up.remote())
+    end(actor)
     wait_until(lambda: place.json()["runs"][0]["state"] == "stopped", what="the end")
     wait_until(lambda: log.exists() and "exit handlers ran" in log.read_text(), what="the exit handlers")
     cleans_up = cls is ManagerWithACleanup and CALLS_RAY_SHUTDOWN
