@@ -25,12 +25,12 @@ from enginefsm.errors import (
     RetryExhaustedError,
     UnsupportedRayError,
 )
-from enginefsm.events import CallOutcome, Event, Listener
+from enginefsm.events import CallOutcome, Event, HealthChecked, Listener, WatchBegan
 from enginefsm.export import FLUSH_S, Exporter
 from enginefsm.fsm.incarnations import Incarnation
 from enginefsm.fsm.outcomes import Outcome, classify
 from enginefsm.fsm.states import EngineState, LaunchStage, Reason, Transition
-from enginefsm.fsm.verdicts import ServerAnswer
+from enginefsm.fsm.verdicts import Finding, ServerAnswer, VerdictHeld
 from enginefsm.health.monitor import HealthMonitor, Verdict
 from enginefsm.metrics.collector import MetricsServer
 from enginefsm.monitor import EngineMonitor
@@ -46,6 +46,8 @@ __all__ = [
     "EngineState",
     "Event",
     "Exporter",
+    "Finding",
+    "HealthChecked",
     "HealthMonitor",
     "Incarnation",
     "LaunchDeadlineError",
@@ -63,6 +65,8 @@ __all__ = [
     "Transition",
     "UnsupportedRayError",
     "Verdict",
+    "VerdictHeld",
+    "WatchBegan",
     "add_listener",
     "adopt",
     "classify",

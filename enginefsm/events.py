@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from enginefsm.fsm.outcomes import Outcome
 from enginefsm.fsm.states import Transition
+from enginefsm.fsm.verdicts import Finding, ServerAnswer, VerdictHeld
 
 
 class CallOutcome(NamedTuple):
@@ -28,5 +29,32 @@ class CallOutcome(NamedTuple):
     """When it came, in seconds since the epoch."""
 
 
-Event = Transition | CallOutcome
+class WatchBegan(NamedTuple):
+    """A watch begins to check an engine, or the successor of one."""
+
+    engine: str
+    labels: Mapping[str, str]
+    incarnation: int
+    at_s: float
+    """When: seconds since the epoch."""
+
+
+class HealthChecked(NamedTuple):
+    """A watch has checked an actor."""
+
+    engine: str
+    labels: Mapping[str, str]
+    incarnation: int
+    finding: Finding
+    server: ServerAnswer
+    """The last answer of the engine's server."""
+    outcome: Outcome | None
+    """What the probe was answered; None while it has no answer."""
+    took_s: float | None
+    """From the probe to its answer; None while it has none."""
+    at_s: float
+    """When: seconds since the epoch."""
+
+
+Event = Transition | CallOutcome | WatchBegan | HealthChecked | VerdictHeld
 Listener = Callable[[Event], None]

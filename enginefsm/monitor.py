@@ -29,8 +29,8 @@ from enginefsm.export import FLUSH_S, Exporter, Exports, from_environment
 from enginefsm.export.delivery import Delivery
 from enginefsm.fsm.incarnations import Incarnation
 from enginefsm.fsm.states import EngineState, Reason, Transition
-from enginefsm.fsm.verdicts import VerdictLimits
-from enginefsm.health.checker import Fleet, Settings
+from enginefsm.fsm.verdicts import VerdictHeld, VerdictLimits
+from enginefsm.health.checker import Settings, WatchContext
 from enginefsm.health.monitor import HealthMonitor, Verdict
 from enginefsm.metrics.collector import FleetMetrics, MetricsServer
 from enginefsm.policy import RestartCap, RetryPolicy, check_seconds
@@ -266,7 +266,12 @@ class EngineMonitor:
         groups = [list(one) if isinstance(one, Sequence) else [one] for one in engines]
         settings = Settings(probe, interval_s, timeout_s, failure_threshold, first_wait_s, address)
         check_watched(self, groups, probe, address, on_dead)
-        fleet = Fleet(self._registry.engine, self.policy, self.metrics, self._limits, self._delivery.deliver)
+        if on_dead is not None:
+            self.metrics.expect_listener(on_dead)
+        context = WatchContext(
+            self._registry.engine, self.policy, self._limits, self._delivery.put, self._delivery.deliver,
+            self.metrics.listener_failed,
+        )  # fmt: skip
         with self._lock:
             self._watches = [watch for watch in self._watches if not watch.stopped]
             taken = {name for watch in self._watches for name in watch.names}
@@ -275,7 +280,7 @@ class EngineMonitor:
                     raise ValueError(f"engine {engine.fsm.name!r} is watched already: stop() that health monitor first")
                 taken.add(engine.fsm.name)
             records = [[managed(engine) for engine in group] for group in groups]
-            watch = HealthMonitor(fleet, records, settings, on_dead)
+            watch = HealthMonitor(context, records, settings, on_dead)
             self._watches.append(watch)
         return watch
 
@@ -379,6 +384,8 @@ def _given(calls: Any, timeout: float | None) -> list[Any]:
 
 
 def _log(event: Event) -> None:
+    if isinstance(event, VerdictHeld):
+        logger.info("the verdict on engine %s is held: %s", event.engine, event.why)
     if not isinstance(event, Transition):
         return
     level = {EngineState.UNAVAILABLE: logging.WARNING, EngineState.DEAD: logging.ERROR}.get(

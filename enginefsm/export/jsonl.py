@@ -75,7 +75,7 @@ class EventLog:
         for seq, event in batch.events:
             if isinstance(event, Transition):
                 lines.append({"kind": "transition", **about, **_transition(fleet, event), "seq": seq})
-            elif event.attempt or event.outcome is not Outcome.SUCCEEDED:
+            elif isinstance(event, CallOutcome) and (event.attempt or event.outcome is not Outcome.SUCCEEDED):
                 lines.append({"kind": "outcome", **about, **_outcome(event), "seq": seq})
         if batch.stopped_s and not self._ended:
             lines.append({"kind": "end", **about, "at_s": batch.stopped_s})

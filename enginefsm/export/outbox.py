@@ -18,7 +18,7 @@ from typing import Protocol
 
 from enginefsm._engine.launch_stages import LaunchStages
 from enginefsm._engine.managed import ManagedEngine
-from enginefsm.events import Event
+from enginefsm.events import Event, HealthChecked, WatchBegan
 from enginefsm.fsm.states import EngineState, Reason, Transition
 from enginefsm.metrics.collector import FleetMetrics
 
@@ -126,7 +126,9 @@ class Outbox:
         self._thread.start()
 
     def __call__(self, event: Event) -> None:
-        """Queue an event."""
+        """Queue an event. Exporters carry health checks as counts, so that these fill no queue."""
+        if isinstance(event, HealthChecked | WatchBegan):
+            return
         if len(self._queue) >= MOST_WAITING:
             try:
                 self._queue.popleft()

@@ -1,15 +1,31 @@
-"""When an engine that fails its checks is given up, and when that verdict is held.
+"""How a health check becomes a verdict. Pure: callers pass the monotonic time in.
 
-Pure: no Ray, no threads of its own, no Prometheus. Whoever asks passes the monotonic time in.
+A health check takes three steps:
+
+1. `HealthCheck` holds what one check saw: the finding on the actor, and the answer of its server.
+2. `Failures.after` returns the actor's failures in a row after that check.
+3. `VerdictLimits.decide` says what happens to a verdict whose failures are due: it is given, it waits, or it is held.
+
+These transitions do not exist, on purpose:
+
+- A broken connection never counts towards the threshold. The method may run on in a healthy process, so only the
+  policy's budget ends such an outage.
+- Silence does not count while the server answers, because the server's process lives.
+- Silence behind an earlier call is no failure. A sync actor runs one method at a time and cannot answer.
+- An answer does not end an outage while the server fails, and a server that has not answered yet decides nothing.
+- No number of failures ends an engine while most engines are unavailable at once. Engines do not die together.
 """
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import threading
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from enum import StrEnum
+from typing import NamedTuple
 
+from enginefsm.fsm.outcomes import FATAL, Outcome
 from enginefsm.fsm.states import Reason
 
 LEAST_MASS = 2
@@ -22,19 +38,31 @@ CAP_WINDOW_S = 600.0
 monitor that is wrong for a reason that nobody thought of must not empty the fleet meanwhile."""
 
 
-class Check(StrEnum):
-    """What one check found of an actor."""
+class Finding(StrEnum):
+    """What one health check found about an actor."""
 
     ANSWERED = "answered"
     FAILED = "failed"
-    """Its probe raised, or gave something false."""
+    """The probe raised, or returned a falsy value."""
     SILENT = "silent"
     BUSY = "busy"
-    """Silent, while a call that was made before the probe is out: that says nothing."""
+    """The actor is silent, but it may still run a call that was made before the probe."""
     UNAVAILABLE = "unavailable"
     DEAD = "dead"
     LOST = "lost"
-    """Ray lost or refused the probe, on this side."""
+    """Ray lost or refused the probe on the caller's side."""
+
+
+def finding_of(outcome: Outcome) -> Finding:
+    """Return what the outcome of a probe says about the actor."""
+    return Finding.DEAD if outcome in FATAL else _FINDINGS.get(outcome, Finding.LOST)
+
+
+_FINDINGS = {
+    Outcome.SUCCEEDED: Finding.ANSWERED,
+    Outcome.METHOD_FAILED: Finding.FAILED,
+    Outcome.ACTOR_UNAVAILABLE: Finding.UNAVAILABLE,
+}
 
 
 class ServerAnswer(StrEnum):
@@ -66,59 +94,117 @@ class Decision(StrEnum):
 HELD = (Decision.MASS_OUTAGE, Decision.KILL_CAP)
 
 
-class FailureCount:
-    """The failures in a row of one actor. Not thread-safe."""
+class Failure(NamedTuple):
+    """A health check that failed."""
 
-    __slots__ = ("_told", "_told_since", "cause", "count", "counted", "since")
+    cause: Reason
+    counts: bool
+    """Whether the failure counts towards the threshold. Otherwise it only says that the outage goes on."""
+    told: bool
+    """Whether the actor or its server reported it. Otherwise the watch concluded it from silence or a break."""
 
-    def __init__(self) -> None:
-        self.count = 0
-        """Those in a row that count."""
-        self._told = 0
-        self._told_since: float | None = None
-        self.since: float | None = None
-        """When the first in the row came; None when the last check went well."""
-        self.cause: Reason | None = None
-        """Why the last check failed."""
-        self.counted = True
-        """Whether the last failure counts."""
 
-    def add(self, cause: Reason, now: float, *, counts: bool, told: bool = False) -> None:
-        """A check failed. One that does not count says only that the outage goes on.
+class HealthCheck(NamedTuple):
+    """What one health check saw."""
 
-        `told` says that somebody said so, the actor or its server: it was not concluded from silence.
+    finding: Finding
+    server: ServerAnswer = ServerAnswer.NOT_ASKED
+    """The last answer of the server, if it is this actor's."""
+    server_is_asked: bool = False
+    """Whether the server was asked again and has not answered yet."""
+    silence_counted: bool = False
+    """Whether the silence of this probe has counted as a failure already."""
+
+    @property
+    def server_objects(self) -> bool:
+        """Return whether the last answer of the server was a bad one."""
+        return self.server in (ServerAnswer.UNWELL, ServerAnswer.FAILS)
+
+    @property
+    def is_well(self) -> bool:
+        """Return whether the actor answered and its server does not object."""
+        return self.finding is Finding.ANSWERED and not self.server_objects
+
+    @property
+    def failure(self) -> Failure | None:
+        """Return how the check failed; None if it did not fail, or says nothing."""
+        match self.finding:
+            case Finding.FAILED:
+                return Failure(Reason.PROBE_FAILED, counts=True, told=True)
+            case Finding.UNAVAILABLE:
+                return Failure(Reason.ACTOR_UNAVAILABLE, counts=False, told=False)
+            case Finding.SILENT:
+                lives = self.server in (ServerAnswer.SERVES, ServerAnswer.UNWELL)
+                gone = self.server is ServerAnswer.FAILS and not self.server_is_asked
+                return Failure(Reason.PROBE_TIMEOUT, counts=not lives, told=gone)
+            case Finding.ANSWERED if self.server_objects and not self.server_is_asked:
+                return Failure(Reason.PROBE_FAILED, counts=True, told=True)
+        return None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Failures:
+    """The failures in a row of one actor."""
+
+    count: int = 0
+    """How many of them count towards the threshold."""
+    told: int = 0
+    """How many of these the actor or its server reported."""
+    since: float | None = None
+    """When the first one came; None if the last check went well."""
+    told_since: float | None = None
+    cause: Reason | None = None
+    """Why the last check failed."""
+    counted: bool = True
+    """Whether the last failure counts."""
+    breaks: int = 0
+    """How many checks in a row found the connection broken."""
+
+    def after(self, check: HealthCheck, now: float) -> Failures:
+        """Return the failures in a row after one more health check."""
+        failure = check.failure
+        if failure is None:
+            return Failures() if check.is_well else self
+        adds, tells = int(failure.counts), int(failure.told)
+        if check.finding is Finding.FAILED and check.silence_counted:
+            # The answer confirms the failure that the silence of the same probe was.
+            adds, tells = 0, int(self.told < self.count)
+        return Failures(
+            count=self.count + adds,
+            told=self.told + tells,
+            since=now if self.since is None else self.since,
+            told_since=now if tells and self.told_since is None else self.told_since,
+            cause=failure.cause,
+            counted=failure.counts,
+            breaks=self.breaks + 1 if check.finding is Finding.UNAVAILABLE else 0,
+        )
+
+    def forgive_stop(self, stopped_s: float) -> Failures:
+        """Return what is left after this process was stopped for `stopped_s`: only the failures that were reported.
+
+        The time of the stop is no part of the outage.
         """
-        if self.since is None:
-            self.since = now
-        self.cause, self.counted = cause, counts
-        self.count += counts
-        if told:
-            self._tell(now)
-
-    def confirm(self, cause: Reason, now: float) -> None:
-        """The last failure that counts, a silence, was told after all."""
-        self.cause = cause
-        if self._told < self.count:
-            self._tell(now)
-
-    def forgive_stop(self, stopped_s: float) -> None:
-        """This process was stopped for so long, which may be why nothing was heard: what was told stays."""
-        self.count, self.since, self.counted = self._told, self._told_since, True
-        if self.since is None:
-            self.cause = None
-        else:  # the time of the stop is no part of the outage
-            self.since = self._told_since = self.since + stopped_s
-
-    def _tell(self, now: float) -> None:
-        self._told += 1
-        if self._told_since is None:
-            self._told_since = now
+        if self.told_since is None:
+            return Failures(breaks=self.breaks)
+        since = self.told_since + stopped_s
+        return dataclasses.replace(self, count=self.told, since=since, told_since=since, counted=True)
 
     def is_due(self, threshold: int, budget_s: float, now: float) -> bool:
-        """Whether the bounds are spent: the threshold, or, while failures do not count, the budget of the outage."""
+        """Return whether the bounds are spent: the threshold, or the budget if the last failure does not count."""
         if self.since is None:
             return False
         return self.count >= threshold if self.counted else now - self.since >= budget_s
+
+
+class VerdictHeld(NamedTuple):
+    """A verdict on an engine is due and begins to be held."""
+
+    engine: str
+    labels: Mapping[str, str]
+    incarnation: int
+    why: Decision
+    at_s: float
+    """When: seconds since the epoch."""
 
 
 class _Actor:
@@ -189,6 +275,11 @@ class VerdictLimits:
             else:
                 self._held.pop(group, None)
             return decision
+
+    def why_held(self, group: Hashable) -> Decision | None:
+        """Return why the verdict on this engine is held; None if it is not."""
+        with self._lock:
+            return self._held.get(group)
 
     def clear(self, group: Hashable) -> None:
         """No verdict on this engine is due any more."""

@@ -1,4 +1,7 @@
-"""The checks of a health monitor: what is asked of an actor, and what is made of what it says, or does not say."""
+"""One health check, from the probe to the verdict: `Checker.check` probes, waits, and asks the pure rules.
+
+`enginefsm.fsm.verdicts` holds the rules. Read `Checker.check` first, then that module.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,27 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import ray
 
 from enginefsm._engine.managed import ManagedEngine
+from enginefsm.events import Event, HealthChecked, WatchBegan
 from enginefsm.fsm.outcomes import FATAL, Outcome
 from enginefsm.fsm.states import GIVEN_UP, EngineState, Reason
-from enginefsm.fsm.verdicts import Check, Decision, FailureCount, ServerAnswer, VerdictLimits
+from enginefsm.fsm.verdicts import (
+    HELD,
+    Decision,
+    Failures,
+    Finding,
+    HealthCheck,
+    ServerAnswer,
+    VerdictHeld,
+    VerdictLimits,
+    finding_of,
+)
 from enginefsm.health.plain_calls import Method, PlainCall
-from enginefsm.health.target import Phase, Phases, Probe, Watched
-from enginefsm.metrics.collector import FleetMetrics
+from enginefsm.health.target import Phase, Phases, Probe, Target
 from enginefsm.policy import RetryPolicy, check_seconds, check_whole
 
 logger = logging.getLogger("enginefsm")
@@ -55,296 +69,278 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Fleet:
+class WatchContext:
     """What a watch uses of the monitor that made it."""
 
     engine: Callable[[str], ManagedEngine | None]
-    """The newest engine of a name."""
+    """Returns the newest engine of a name."""
     policy: RetryPolicy
-    metrics: FleetMetrics
     limits: VerdictLimits
+    emit: Callable[[Event], object]
+    """Queues an event for listeners."""
     deliver: Callable[[float], object]
-    """Tells listeners; called when engines may have moved. Waits so many seconds for another thread that is at it."""
+    """Tells listeners. Waits so many seconds if another thread does so."""
+    callback_failed: Callable[[Any], object]
+    """Counts a callback that raised."""
 
 
-class Checks:
-    """Checks the actors that one health monitor watches, on its event loop.
+def watch_began(engine: ManagedEngine) -> WatchBegan:
+    """Return the event that says that a watch begins to check an engine."""
+    return WatchBegan(engine.name, engine.labels, engine.incarnation, time.time())
+
+
+class Checker:
+    """Checks the actors of one watch, on the event loop of that watch.
 
     Args:
-        fleet, settings: What is used of the monitor, and how engines are watched.
-        all_watched: The actors.
+        context, settings: What the checker uses of the monitor, and how the watch checks.
+        targets: The actors.
         phases: Whether checks go on.
         in_loop: Runs a function on the event loop; any thread may call it.
-        ends: Given an actor and the engine whose end is its verdict, under the lock of `phases`.
+        ends: Called with an actor and its engine when the verdict is given, under the lock of `phases`.
     """
 
     def __init__(
         self,
-        fleet: Fleet,
+        context: WatchContext,
         settings: Settings,
-        all_watched: Sequence[Watched],
+        targets: Sequence[Target],
         phases: Phases,
         in_loop: Callable[[Callable[[], object]], None],
-        ends: Callable[[Watched, ManagedEngine], None],
+        ends: Callable[[Target, ManagedEngine], None],
     ) -> None:
-        self._fleet = fleet
-        self._limits = fleet.limits
+        self._context = context
+        self._limits = context.limits
         self._settings = settings
-        self._watched = all_watched
+        self._targets = targets
         self._phases = phases
         self._in_loop = in_loop
         self._ends = ends
-        self._ran_at = time.monotonic()  # when this process was seen to run last
+        self._ran_at = time.monotonic()  # when this process was last seen to run
 
-    async def begin(self, watched: Watched, phase: Phase) -> float:
-        """After a start, a pause or a resume: give when the first check is due. Everything is counted anew."""
-        self._limits.clear(watched.group)
-        watched.failures, watched.attempts = FailureCount(), 0
-        if watched.group.opinion is not None:
-            watched.group.opinion.forget()
+    async def begin(self, target: Target, phase: Phase) -> float:
+        """Count anew after a start, a pause or a resume, and return when the first check is due."""
+        self._limits.clear(target.group)
+        target.failures = Failures()
+        if target.group.server_check is not None:
+            target.group.server_check.forget()
         if phase.at is None:
-            self._limits.update(watched, living=False)
+            self._limits.update(target, living=False)
             while self._phases.is_current(phase):
-                await watched.sleep_until(math.inf)
+                await target.sleep_until(math.inf)
             return AT_ONCE
-        self._current_engine(watched)
+        self._engine_at_work(target)
         first_at = self._on_the_beat(phase.at + random.uniform(0, self._settings.interval_s), earliest=phase.at)
-        watched.overdue_at = first_at + self._settings.timeout_s
-        watched.phase = phase
+        target.overdue_at = first_at + self._settings.timeout_s
+        target.phase = phase
         return first_at
 
-    async def check(self, watched: Watched, phase: Phase) -> float:
-        """Ask an actor how it is, and take in what it says; give when to look at it again."""
-        engine = self._current_engine(watched)
+    async def check(self, target: Target, phase: Phase) -> float:
+        """Check one actor, follow what the check saw to its verdict, and return when the next check is due."""
+        engine = self._engine_at_work(target)
         if engine is None or not ray.is_initialized():  # to call an actor, Ray would start a cluster of its own
-            if watched.engine.is_launching and ray.is_initialized():
-                self._look_whether_it_lives(watched, watched.engine)
-            self._report_if_dead(watched, phase)
+            self._look_for_a_death(target, phase)
             return time.monotonic() + self._pause_s()
-        self._counts_anew(watched)
-        probe = watched.probe or self._send(watched, engine, phase)
-        if watched.opinion is not None:
-            watched.opinion.ask()
-        while not probe.answer.done() and time.monotonic() < watched.overdue_at and self._phases.is_current(phase):
-            await watched.sleep_until(watched.overdue_at)
-        if probe.answer.done():
-            watched.probe = None
-            return await self._judge(watched, engine, probe, phase)
-        if self._phases.is_current(phase):
-            self._silent(watched, engine, probe, phase)
-        return AT_ONCE
+        self._count_anew_after_outage(target)
+        probe, server = target.probe or self._send(target, engine, phase), target.server_check
+        if server is not None:
+            server.ask()
+        while not probe.answer.done() and time.monotonic() < target.overdue_at and self._phases.is_current(phase):
+            await target.sleep_until(target.overdue_at)
+        finding = self._finding(target, probe, phase)
+        if finding is None:
+            return AT_ONCE
+        answered_at = time.monotonic()
+        next_at = max(answered_at, self._on_the_beat(probe.sent_at + self._pause_s()))
+        if finding is Finding.ANSWERED and server is not None:
+            if not server.objects:  # the recovery does not wait for the server
+                self._take_in(target, engine, probe, HealthCheck(finding))
+                self.deliver_and_log()
+            while server.is_asking and time.monotonic() < next_at and self._phases.is_current(phase):
+                await target.sleep_until(next_at)
+        self._tell(target, engine, probe, finding, answered_at)
+        if finding is Finding.ANSWERED and server is not None and not self._phases.is_current(phase):
+            return AT_ONCE
+        check = self._seen(target, probe, finding)
+        if finding is Finding.SILENT:
+            probe.silence_counted = check.failure is not None and check.failure.counts
+        self._take_in(target, engine, probe, check)
+        self._decide(target, engine, phase)
+        if finding in (Finding.SILENT, Finding.BUSY):
+            return AT_ONCE  # the same probe is waited for
+        return self._retry_at(target) if finding is Finding.UNAVAILABLE else next_at
 
-    async def _judge(self, watched: Watched, engine: ManagedEngine, probe: Probe, phase: Phase) -> float:
-        """Take in what a probe was answered; give when to look at the actor again."""
-        outcome = probe.outcome()
-        self._fleet.metrics.probed(engine.labels, outcome, time.monotonic() - probe.sent_at)
-        if outcome in _NOT_WELL and not (probe.phase == phase and self._phases.is_current(phase)):
-            return AT_ONCE  # an engine that was put to sleep, or was about to be, may well refuse
-        next_at = max(time.monotonic(), self._on_the_beat(probe.sent_at + self._pause_s()))
-        if outcome is Outcome.SUCCEEDED:
-            await self._well(watched, engine, probe, phase, next_at)
-        elif outcome is Outcome.METHOD_FAILED:
-            self._refused(watched, engine, probe, phase)
-        elif outcome is Outcome.ACTOR_UNAVAILABLE:
-            return self._unavailable(watched, engine, probe, phase)
-        else:
-            engine.observe(outcome, launches=False, submitted_at=probe.sent_at)
-            self._count(watched, Check.DEAD if engine.state is EngineState.DEAD else Check.LOST)
-            self._update_limits(watched, engine, heard_at=time.monotonic())
-            self._current_engine(watched)
-            self._report_if_dead(watched, phase)
-        return next_at
+    def _finding(self, target: Target, probe: Probe, phase: Phase) -> Finding | None:
+        """Return what the check found about the actor; None if nothing was found that counts."""
+        is_current = self._phases.is_current(phase)
+        if probe.answer.done():
+            target.probe = None
+            finding = finding_of(probe.outcome())
+            if finding in (Finding.FAILED, Finding.UNAVAILABLE) and not (probe.phase == phase and is_current):
+                return None  # an engine that was put to sleep, or was about to be, may refuse
+            return finding
+        self.notice_stop()
+        now = time.monotonic()
+        if not is_current or now < target.overdue_at or not ray.is_initialized():
+            return None
+        target.overdue_at = now + self._pause_s()
+        is_busy = target.group.says is not ServerAnswer.FAILS and probe.is_behind_a_call()
+        return Finding.BUSY if is_busy else Finding.SILENT
+
+    def _seen(self, target: Target, probe: Probe, finding: Finding) -> HealthCheck:
+        """Return what the check saw. If the actor answers, the server counts for node 0 alone, whose server it is."""
+        server = target.server_check if finding is Finding.ANSWERED else target.group.server_check
+        if server is None:
+            return HealthCheck(finding, silence_counted=probe.silence_counted)
+        return HealthCheck(finding, server.said, server.is_asking, probe.silence_counted)
+
+    def _tell(self, target: Target, engine: ManagedEngine, probe: Probe, finding: Finding, at: float) -> None:
+        has_answer = finding not in (Finding.SILENT, Finding.BUSY)
+        self._context.emit(
+            HealthChecked(
+                engine.name, engine.labels, engine.incarnation, finding, target.group.says,
+                probe.outcome() if has_answer else None, at - probe.sent_at if has_answer else None, time.time(),
+            )
+        )  # fmt: skip
+
+    def _take_in(self, target: Target, engine: ManagedEngine, probe: Probe, check: HealthCheck) -> None:
+        """Move the engine and count failures after one check."""
+        now = time.monotonic()
+        if check.is_well:
+            engine.observe(Outcome.SUCCEEDED, launches=False, submitted_at=probe.sent_at, probed=True)
+        elif check.finding in (Finding.UNAVAILABLE, Finding.DEAD, Finding.LOST):
+            engine.observe(probe.outcome(), launches=False, submitted_at=probe.sent_at)
+        elif check.failure is not None:
+            engine.suspect(check.failure.cause, probe.sent_at)
+        target.failures = target.failures.after(check, now)
+        if check.is_well and all(member.failures.since is None for member in target.group.members):
+            self._limits.clear(target.group)
+        if check.failure is not None:
+            self.notice_stop()
+        self._update_limits(target, engine, heard_at=now)
+
+    def _decide(self, target: Target, engine: ManagedEngine, phase: Phase) -> None:
+        """Give the verdict on an actor if it died, or if its failures are due and nothing holds the verdict."""
+        self._count_anew_after_outage(target)
+        now, failures = time.monotonic(), target.failures
+        with self._phases.lock:  # once pause() has returned, no verdict is given
+            if engine is target.reported or not self._phases.is_current(phase):
+                return  # another actor of its group has ended the engine, or the watch was paused
+            if engine.state is EngineState.DEAD:
+                is_newest = self._context.engine(target.name) is engine
+                # The process of an engine that was given up may live, so that the verdict may be held.
+                ends = (
+                    is_newest
+                    and engine.reason is not Reason.RELEASED
+                    and (engine.reason not in GIVEN_UP or self._is_given(target, engine, -math.inf, now))
+                )
+            else:
+                is_due = failures.is_due(self._settings.failure_threshold, self._context.policy.budget_s, now)
+                ends = (
+                    is_due and failures.since is not None and engine.state is EngineState.UNAVAILABLE
+                    and self._is_given(target, engine, failures.since, now)
+                    and engine.give_up(*self._end(target, failures.since, now))
+                )  # fmt: skip
+            if ends:
+                self._limits.update(target, living=False)
+                self._ends(target, engine)
+
+    def _is_given(self, target: Target, engine: ManagedEngine, since: float, now: float) -> bool:
+        """Return whether nothing holds the verdict on an engine whose trouble began at `since`."""
+        held = self._limits.why_held(target.group)
+        decision = self._limits.decide(target.group, engine.name, since, now)
+        if decision in HELD and decision is not held:
+            self._context.emit(VerdictHeld(engine.name, engine.labels, engine.incarnation, decision, time.time()))
+        return decision is Decision.GIVEN
+
+    def _end(self, target: Target, since: float, now: float) -> tuple[Reason, str]:
+        """Return the reason for giving an actor up, and the same in words."""
+        failures = target.failures
+        last = f"the last failure: {failures.cause}, the server: {target.group.says}"
+        if failures.counted:
+            return Reason.HEALTH_CHECKS_FAILED, f"{failures.count} health checks in a row failed; {last}"
+        return Reason.RETRY_EXHAUSTED, f"the outage has lasted {now - since:.1f} s; {last}"
 
     def notice_stop(self) -> None:
-        """Notice that this process was stopped, or kept from running: that nothing was heard is held against nobody."""
+        """Forgive silence and broken connections if this process was stopped or kept from running."""
         now = time.monotonic()
         stopped_s, self._ran_at = now - self._ran_at, now
         if stopped_s >= TICK_S + STALLED_S:
-            for watched in self._watched:
-                watched.forgive_stop(stopped_s, now + STALLED_S)
+            for target in self._targets:
+                target.forgive_stop(stopped_s, now + STALLED_S)
 
     def deliver(self, patience_s: float = 0.0) -> None:
-        """Tell listeners of what has moved; wait `patience_s` at most if another thread does so."""
+        """Tell listeners; wait `patience_s` at most if another thread does so."""
         try:
-            self._fleet.deliver(patience_s)
+            self._context.deliver(patience_s)
         except BaseException:  # a listener that exits would only end this thread
             logger.exception("a listener has ended the delivery of an event")
 
     def deliver_and_log(self) -> None:
-        """Tell listeners of what has moved, and people of verdicts that are held."""
+        """Tell listeners, and log when a mass outage begins or ends."""
         self.deliver()
         for line in self._limits.messages():
             logger.warning("%s", line)
 
-    def _current_engine(self, watched: Watched) -> ManagedEngine | None:
-        """The engine that has the name now, if it is at work."""
-        engine = self._fleet.engine(watched.name)
-        if engine is not None and engine is not watched.engine:
-            watched.take_over(engine)
-            self._fleet.metrics.expect_checks(engine.labels)
-            self._limits.clear(watched.group)
-        if engine is None or engine is watched.reported or engine.is_launching or engine.state is EngineState.DEAD:
-            self._limits.update(watched, living=False)
+    def _engine_at_work(self, target: Target) -> ManagedEngine | None:
+        """Return the engine that has the name now; None if it has not launched, is dead or was reported."""
+        engine = self._context.engine(target.name)
+        if engine is not None and engine is not target.engine:
+            target.take_over(engine)
+            self._context.emit(watch_began(engine))
+            self._limits.clear(target.group)
+        if engine is None or engine is target.reported or engine.is_launching or engine.state is EngineState.DEAD:
+            self._limits.update(target, living=False)
             return None
-        self._update_limits(watched, engine)
+        self._update_limits(target, engine)
         return engine
 
-    def _look_whether_it_lives(self, watched: Watched, engine: ManagedEngine) -> None:
-        """Notice the death of an actor whose launch nobody has seen succeed. Nothing else that it says moves it."""
-        call = watched.sign_of_life
-        if call is None:
-            watched.sign_of_life = PlainCall(Method(engine, "__ray_ready__", self._settings.timeout_s))
-        elif call.answer.done():
-            watched.sign_of_life, outcome = None, call.outcome()
-            if outcome in FATAL:
-                engine.observe(outcome, launches=False, submitted_at=call.sent_at)
+    def _look_for_a_death(self, target: Target, phase: Phase) -> None:
+        """Detect the death of an engine that is not at work. Before its launch, nothing else moves it."""
+        engine, call = target.engine, target.sign_of_life
+        if engine.is_launching and ray.is_initialized():
+            if call is None:
+                target.sign_of_life = PlainCall(Method(engine, "__ray_ready__", self._settings.timeout_s))
+            elif call.answer.done():
+                target.sign_of_life, outcome = None, call.outcome()
+                if outcome in FATAL:
+                    engine.observe(outcome, launches=False, submitted_at=call.sent_at)
+        if engine.state is EngineState.DEAD:
+            self._decide(target, engine, phase)
 
-    def _update_limits(self, watched: Watched, engine: ManagedEngine, heard_at: float | None = None) -> None:
+    def _update_limits(self, target: Target, engine: ManagedEngine, heard_at: float | None = None) -> None:
         state = engine.state
         self._limits.update(
-            watched,
+            target,
             living=state is not EngineState.DEAD,
             unavailable=state is EngineState.UNAVAILABLE,
             heard_at=heard_at,
         )
 
-    def _send(self, watched: Watched, engine: ManagedEngine, phase: Phase) -> Probe:
-        if watched.method is None or watched.method.engine is not engine:
-            watched.method = Method(engine, self._settings.probe, self._settings.timeout_s)
-        probe = watched.probe = Probe(watched.method, phase, lambda: self._in_loop(watched.wake))
-        watched.overdue_at = probe.sent_at + self._settings.timeout_s
+    def _send(self, target: Target, engine: ManagedEngine, phase: Phase) -> Probe:
+        if target.method is None or target.method.engine is not engine:
+            target.method = Method(engine, self._settings.probe, self._settings.timeout_s)
+        probe = target.probe = Probe(target.method, phase, lambda: self._in_loop(target.wake))
+        target.overdue_at = probe.sent_at + self._settings.timeout_s
         return probe
 
-    def _silent(self, watched: Watched, engine: ManagedEngine, probe: Probe, phase: Phase) -> None:
-        """No answer, for the timeout or for one interval more."""
-        self.notice_stop()
-        now = time.monotonic()
-        if now < watched.overdue_at or not ray.is_initialized():
-            return
-        watched.overdue_at = now + self._pause_s()
-        says = watched.group.says
-        if says is not ServerAnswer.FAILS and probe.is_behind_a_call():
-            self._count(watched, Check.BUSY)
-            self._update_limits(watched, engine, heard_at=now)
-            return
-        self._count(watched, Check.SILENT)
-        probe.counted = says not in (ServerAnswer.SERVES, ServerAnswer.UNWELL)  # else its server's process lives
-        engine.suspect(Reason.PROBE_TIMEOUT, probe.sent_at)
-        watched.failures.add(Reason.PROBE_TIMEOUT, now, counts=probe.counted, told=says is ServerAnswer.FAILS)
-        self._give_up_if_due(watched, engine, phase)
-
-    def _refused(self, watched: Watched, engine: ManagedEngine, probe: Probe, phase: Phase) -> None:
-        """The actor says that all is not well."""
-        watched.attempts, now = 0, time.monotonic()
-        self._count(watched, Check.FAILED)
-        if probe.counted:
-            watched.failures.confirm(Reason.PROBE_FAILED, now)  # for its silence; the answer is not a failure more
-        else:
-            engine.suspect(Reason.PROBE_FAILED, probe.sent_at)
-            watched.failures.add(Reason.PROBE_FAILED, now, counts=True, told=True)
-        self._give_up_if_due(watched, engine, phase)
-
-    def _unavailable(self, watched: Watched, engine: ManagedEngine, probe: Probe, phase: Phase) -> float:
-        """The connection to the actor broke. It is tried again by the policy; give when."""
-        now, policy = time.monotonic(), self._fleet.policy
-        self._count(watched, Check.UNAVAILABLE)
-        engine.observe(Outcome.ACTOR_UNAVAILABLE, launches=False, submitted_at=probe.sent_at)
-        watched.failures.add(Reason.ACTOR_UNAVAILABLE, now, counts=False)
-        self._give_up_if_due(watched, engine, phase)
-        watched.attempts += 1
-        next_at = now + min(policy.pause_s(watched.attempts), self._settings.interval_s)
-        ends_at = (watched.failures.since or now) + policy.budget_s
+    def _retry_at(self, target: Target) -> float:
+        """Return when to probe again after a broken connection: after the policy's pause, or at the budget's end."""
+        now, policy, failures = time.monotonic(), self._context.policy, target.failures
+        next_at = now + min(policy.pause_s(max(1, failures.breaks)), self._settings.interval_s)
+        ends_at = (now if failures.since is None else failures.since) + policy.budget_s
         return min(next_at, ends_at) if now < ends_at else next_at
 
-    async def _well(self, watched: Watched, engine: ManagedEngine, probe: Probe, phase: Phase, next_at: float) -> None:
-        """The actor says that all is well. What its server says counts for node 0, whose server it is."""
-        opinion, is_current = watched.opinion, self._phases.is_current
-        if opinion is None or not opinion.objects:
-            self._recovered(watched, engine, probe)
-            self.deliver_and_log()
-        while opinion is not None and opinion.is_asking and time.monotonic() < next_at and is_current(phase):
-            await watched.sleep_until(next_at)
-        self._count(watched, Check.ANSWERED)
-        if opinion is None or not is_current(phase):
-            return
-        if opinion.objects and not opinion.is_asking:
-            engine.suspect(Reason.PROBE_FAILED, probe.sent_at)
-            watched.failures.add(Reason.PROBE_FAILED, time.monotonic(), counts=True, told=True)
-            self._give_up_if_due(watched, engine, phase)
-        elif not opinion.objects:
-            self._recovered(watched, engine, probe)
-        else:  # its server failed, and has not answered since
-            self._update_limits(watched, engine, heard_at=time.monotonic())
-
-    def _recovered(self, watched: Watched, engine: ManagedEngine, probe: Probe) -> None:
-        watched.failures, watched.attempts = FailureCount(), 0
-        engine.observe(Outcome.SUCCEEDED, launches=False, submitted_at=probe.sent_at, probed=True)
-        if all(member.failures.since is None for member in watched.group.members):
-            self._limits.clear(watched.group)
-        self._update_limits(watched, engine, heard_at=time.monotonic())
-
-    def _give_up_if_due(self, watched: Watched, engine: ManagedEngine, phase: Phase) -> None:
-        """A check has failed: give the engine up, if that is due and nothing holds it."""
-        self.notice_stop()
-        now = time.monotonic()
-        self._update_limits(watched, engine, heard_at=now)
-        if self._counts_anew(watched):
-            return
-        since = watched.failures.since
-        is_due = watched.failures.is_due(self._settings.failure_threshold, self._fleet.policy.budget_s, now)
-        if since is None or not is_due:
-            return
-        with self._phases.lock:  # there is no verdict once pause() has returned
-            if not self._phases.is_current(phase) or engine.state is not EngineState.UNAVAILABLE:
-                return
-            if engine is watched.reported:  # it ended with another actor of its group
-                return
-            if self._limits.decide(watched.group, engine.name, since, now) is not Decision.GIVEN:
-                return
-            if engine.give_up(*self._end(watched, since, now)):
-                self._update_limits(watched, engine)
-                self._ends(watched, engine)
-
-    def _end(self, watched: Watched, since: float, now: float) -> tuple[Reason, str]:
-        """Return the reason for giving an actor up, and the same in words."""
-        failures, server = watched.failures, watched.group.says
-        last = f"the last failure: {failures.cause}, the server: {server}"
-        if failures.counted:
-            return Reason.HEALTH_CHECKS_FAILED, f"{failures.count} health checks in a row failed; {last}"
-        return Reason.RETRY_EXHAUSTED, f"the outage has lasted {now - since:.1f} s; {last}"
-
-    def _counts_anew(self, watched: Watched) -> bool:
-        """Forget failures from before the end of a mass outage; say whether it did."""
+    def _count_anew_after_outage(self, target: Target) -> None:
+        """Forget the failures that came before the end of a mass outage."""
         ended = self._limits.outages_ended
-        if watched.outages_ended == ended:
-            return False
-        watched.outages_ended, watched.failures = ended, FailureCount()
-        return True
-
-    def _report_if_dead(self, watched: Watched, phase: Phase) -> None:
-        """Tell of an engine that was found dead, by whomever."""
-        engine = self._fleet.engine(watched.name)
-        if engine is None or engine.state is not EngineState.DEAD or engine.reason is Reason.RELEASED:
-            return
-        with self._phases.lock:
-            if engine is watched.reported or not self._phases.is_current(phase):
-                return
-            if engine.reason in GIVEN_UP:  # by who awaited its calls: its actor may live, and would be killed
-                decision = self._limits.decide(watched.group, engine.name, -math.inf, time.monotonic())
-                if decision is not Decision.GIVEN:
-                    return
-            self._ends(watched, engine)
+        if target.outages_ended != ended:
+            target.outages_ended, target.failures = ended, Failures()
 
     def _pause_s(self) -> float:
         return self._settings.interval_s * random.uniform(EARLIEST, 1.0)
 
     def _on_the_beat(self, at: float, earliest: float = 0.0) -> float:
-        """The last beat at which probes are sent that is not after `at`."""
+        """Return the last beat at which probes are sent that is not after `at`."""
         beat_s = min(BEAT_S, self._settings.interval_s / 5)
         return max(earliest, at // beat_s * beat_s)
-
-    def _count(self, watched: Watched, check: Check) -> None:
-        self._fleet.metrics.checked(watched.engine.labels, check, watched.group.says)
-
-
-_NOT_WELL = (Outcome.METHOD_FAILED, Outcome.ACTOR_UNAVAILABLE)

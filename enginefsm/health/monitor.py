@@ -20,8 +20,8 @@ from enginefsm._engine.proxy import Engine, proxy
 from enginefsm._ray import ends as _ends
 from enginefsm.fsm.states import GIVEN_UP, Reason
 from enginefsm.fsm.verdicts import ServerAnswer
-from enginefsm.health.checker import TICK_S, Checks, Fleet, Settings
-from enginefsm.health.target import Group, Phases, Watched
+from enginefsm.health.checker import TICK_S, Checker, Settings, WatchContext, watch_began
+from enginefsm.health.target import Phases, Target, TargetGroup
 
 logger = logging.getLogger("enginefsm")
 
@@ -34,7 +34,7 @@ LISTENERS_S = 2.0
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Verdict:
-    """The end of a watched engine."""
+    """The end of a target engine."""
 
     engine: Engine
     """The actor that earned it."""
@@ -55,19 +55,19 @@ class HealthMonitor:
 
     def __init__(
         self,
-        fleet: Fleet,
+        context: WatchContext,
         groups: Sequence[Sequence[ManagedEngine]],
         settings: Settings,
         on_dead: Callable[[Verdict], object] | None,
     ) -> None:
-        self._fleet = fleet
-        self._limits = fleet.limits
+        self._context = context
+        self._limits = context.limits
         self._interval_s = settings.interval_s
         self._on_dead = on_dead
-        self._groups = [Group(engines, settings.url, settings.timeout_s) for engines in groups]
-        self._watched = [watched for group in self._groups for watched in group.members]
+        self._groups = [TargetGroup(engines, settings.url, settings.timeout_s) for engines in groups]
+        self._targets = [target for group in self._groups for target in group.members]
         self._phases = Phases(settings.first_wait_s)
-        self._checks = Checks(fleet, settings, self._watched, self._phases, self._in_loop, self._give_verdict)
+        self._checker = Checker(context, settings, self._targets, self._phases, self._in_loop, self._give_verdict)
         self._loop = asyncio.new_event_loop()
         self._verdicts: queue.Queue[Verdict | None] = queue.Queue()
         self._calling: tuple[Verdict, float] | None = None  # what the callback is told, and since when
@@ -76,11 +76,9 @@ class HealthMonitor:
             threading.Thread(target=self._run, name="enginefsm-health", daemon=True),
             threading.Thread(target=self._call_back, name="enginefsm-verdicts", daemon=True),
         ]
-        if on_dead is not None:
-            fleet.metrics.expect_listener(on_dead)
-        for watched in self._watched:
-            fleet.limits.add(watched, watched.group, self)
-            fleet.metrics.expect_checks(watched.engine.labels)
+        for target in self._targets:
+            context.limits.add(target, target.group, self)
+            context.emit(watch_began(target.engine))
         _ends.tell_before(self._end)
         for thread in self._threads:
             thread.start()
@@ -88,7 +86,7 @@ class HealthMonitor:
     @property
     def names(self) -> list[str]:
         """The names of the engines that it watches."""
-        return [watched.name for watched in self._watched]
+        return [target.name for target in self._targets]
 
     @property
     def paused(self) -> bool:
@@ -127,16 +125,16 @@ class HealthMonitor:
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(max(0.0, until - time.monotonic()))
-        for watched in self._watched:
-            self._limits.remove(watched)
+        for target in self._targets:
+            self._limits.remove(target)
 
     def _in_loop(self, act: Callable[[], object]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(act)
 
     def _wake_all(self) -> None:
-        for watched in self._watched:
-            watched.wake()
+        for target in self._targets:
+            target.wake()
 
     def _run(self) -> None:
         try:
@@ -146,48 +144,48 @@ class HealthMonitor:
 
     async def _watch(self) -> None:
         self._tick()
-        opinions = [group.opinion for group in self._groups if group.opinion is not None]
-        asking = [asyncio.ensure_future(opinion.keep_asking()) for opinion in opinions]
-        await asyncio.gather(*(self._watch_actor(watched) for watched in self._watched))
+        server_checks = [group.server_check for group in self._groups if group.server_check is not None]
+        asking = [asyncio.ensure_future(server_check.keep_asking()) for server_check in server_checks]
+        await asyncio.gather(*(self._watch_actor(target) for target in self._targets))
         for task in asking:
             task.cancel()
         await asyncio.gather(*asking, return_exceptions=True)
 
     def _tick(self) -> None:
         """What is done all the time; before the checks, as timers go before tasks."""
-        self._checks.notice_stop()
+        self._checker.notice_stop()
         self._complain_of_callback()
         self._loop.call_later(TICK_S, self._tick)
 
-    async def _watch_actor(self, watched: Watched) -> None:
+    async def _watch_actor(self, target: Target) -> None:
         """Check one actor, until the end."""
         while not self._phases.ended:
             phase = self._phases.now
             try:
-                act = self._checks.check if watched.phase == phase else self._checks.begin
-                next_at = await act(watched, phase)
+                act = self._checker.check if target.phase == phase else self._checker.begin
+                next_at = await act(target, phase)
             except Exception:  # of this library: all others, and this one later, are checked all the same
-                logger.exception("the check of engine %s failed", watched.name)
-                self._limits.update(watched, living=False)
+                logger.exception("the check of engine %s failed", target.name)
+                self._limits.update(target, living=False)
                 next_at = time.monotonic() + self._interval_s
-            self._checks.deliver_and_log()
+            self._checker.deliver_and_log()
             while time.monotonic() < next_at and self._phases.is_current(phase):
-                await watched.sleep_until(next_at)
+                await target.sleep_until(next_at)
 
-    def _give_verdict(self, watched: Watched, engine: ManagedEngine) -> None:
-        for member in watched.group.members:
+    def _give_verdict(self, target: Target, engine: ManagedEngine) -> None:
+        for member in target.group.members:
             # The one that died, though its name may have been given to another by now.
-            member.reported = engine if member is watched else self._fleet.engine(member.name) or member.engine
-        self._limits.clear(watched.group)
-        engines = tuple(proxy(member.reported) for member in watched.group.members if member.reported is not None)
+            member.reported = engine if member is target else self._context.engine(member.name) or member.engine
+        self._limits.clear(target.group)
+        engines = tuple(proxy(member.reported) for member in target.group.members if member.reported is not None)
         by_monitor = engine.reason in GIVEN_UP
-        cause, says = watched.failures.cause, watched.group.says
+        cause, says = target.failures.cause, target.group.says
         self._verdicts.put(Verdict(proxy(engine), engines, engine.reason, by_monitor, cause, says))
 
     def _call_back(self) -> None:
         """Hand verdicts to the callback, in order."""
         while (verdict := self._verdicts.get()) is not None:
-            self._checks.deliver(LISTENERS_S)  # the callback comes after the listeners
+            self._checker.deliver(LISTENERS_S)  # the callback comes after the listeners
             if self._on_dead is None or self._phases.ended:
                 continue
             self._calling = verdict, time.monotonic()
@@ -195,7 +193,7 @@ class HealthMonitor:
                 self._on_dead(verdict)
             except BaseException:  # an exit, too, would only end this thread, and the next verdict waits
                 logger.exception("%r failed on the end of engine %s", self._on_dead, verdict.engine.fsm.name)
-                self._fleet.metrics.listener_failed(self._on_dead)
+                self._context.callback_failed(self._on_dead)
             self._calling = None
 
     def _complain_of_callback(self) -> None:

@@ -70,7 +70,7 @@ async def _ask_at(host: str, address: Address) -> ServerAnswer:
     return ServerAnswer.SERVES if code[:3] == b"200" else ServerAnswer.UNWELL
 
 
-class SecondOpinion:
+class ServerCheck:
     """What one engine's server says, asked whenever a check of its node 0 wants it. Used on one event loop.
 
     Args:

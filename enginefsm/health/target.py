@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from enginefsm._engine.managed import ManagedEngine
 from enginefsm.fsm.outcomes import Outcome
-from enginefsm.fsm.verdicts import FailureCount, ServerAnswer
+from enginefsm.fsm.verdicts import Failures, ServerAnswer
 from enginefsm.health.plain_calls import Method, PlainCall
-from enginefsm.health.server_check import SecondOpinion
+from enginefsm.health.server_check import ServerCheck
 
 
 class Phase(NamedTuple):
@@ -56,28 +56,28 @@ class Phases:
         return not self.ended and self.now == phase
 
 
-class Group:
+class TargetGroup:
     """The actors of one engine; `url` is the method that gives the address of the server that they share, if any."""
 
     def __init__(self, engines: Sequence[ManagedEngine], url: str | None, timeout_s: float) -> None:
-        self.members = [Watched(engine, self) for engine in engines]
+        self.members = [Target(engine, self) for engine in engines]
         node_0 = self.members[0]
-        self.opinion = None if url is None else SecondOpinion(lambda: node_0.engine, url, timeout_s, node_0.wake)
+        self.server_check = None if url is None else ServerCheck(lambda: node_0.engine, url, timeout_s, node_0.wake)
 
     @property
     def says(self) -> ServerAnswer:
         """What its server says."""
-        return ServerAnswer.NOT_ASKED if self.opinion is None else self.opinion.says
+        return ServerAnswer.NOT_ASKED if self.server_check is None else self.server_check.says
 
 
-class Watched:
+class Target:
     """One watched name, and the actor that has it."""
 
-    def __init__(self, engine: ManagedEngine, group: Group) -> None:
+    def __init__(self, engine: ManagedEngine, group: TargetGroup) -> None:
         self.name = engine.name
         self.group = group
         self.engine = engine
-        self.failures = FailureCount()
+        self.failures = Failures()
         self.phase: Phase | None = None
         """The one that its checks have begun."""
         self.outages_ended = 0
@@ -89,28 +89,26 @@ class Watched:
         """The call that is out while its launch has not succeeded."""
         self.overdue_at = 0.0
         """When its silence is a failure, or one more."""
-        self.attempts = 0
-        """How many probes in a row found it unavailable."""
         self.reported: ManagedEngine | None = None
         """The incarnation whose end was reported."""
         self._waiter: asyncio.Future[None] | None = None
 
     @property
-    def opinion(self) -> SecondOpinion | None:
+    def server_check(self) -> ServerCheck | None:
         """The one that is asked when this actor is checked: that of node 0, whose server it is."""
-        return self.group.opinion if self.group.members[0] is self else None
+        return self.group.server_check if self.group.members[0] is self else None
 
     def take_over(self, engine: ManagedEngine) -> None:
         """Another actor has the name."""
-        self.engine, self.failures, self.attempts = engine, FailureCount(), 0
+        self.engine, self.failures = engine, Failures()
         self.probe = self.sign_of_life = None
 
     def forgive_stop(self, stopped_s: float, heard_by: float) -> None:
         """This process was stopped for so long; what came meanwhile will have been heard by `heard_by` (monotonic)."""
-        self.failures.forgive_stop(stopped_s)
+        self.failures = self.failures.forgive_stop(stopped_s)
         self.overdue_at = max(self.overdue_at + stopped_s, heard_by)
         if self.probe is not None:
-            self.probe.counted = False
+            self.probe.silence_counted = False
 
     async def sleep_until(self, at: float) -> None:
         """Wait until `at`, or until something happens to it."""
@@ -136,7 +134,7 @@ class Probe(PlainCall):
     def __init__(self, method: Method, phase: Phase, answered: Callable[[], object]) -> None:
         super().__init__(method, answered)
         self.phase = phase
-        self.counted = False
+        self.silence_counted = False
         """Whether its silence was counted as a failure."""
 
     def outcome(self) -> Outcome:

@@ -21,10 +21,10 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from enginefsm._engine.managed import EngineSnapshot
-from enginefsm.events import CallOutcome, Event
+from enginefsm.events import CallOutcome, Event, HealthChecked, WatchBegan
 from enginefsm.fsm.outcomes import Outcome
 from enginefsm.fsm.states import EDGES, GIVEN_UP, EngineState, Reason, Transition
-from enginefsm.fsm.verdicts import HELD, Check, Decision, ServerAnswer
+from enginefsm.fsm.verdicts import HELD, Decision, Finding, ServerAnswer
 from enginefsm.metrics.counters import Counts, Durations
 
 GROUP = ("run", "model", "worker_type")
@@ -125,8 +125,16 @@ class FleetMetrics(Collector):
         group = self._group(event.labels)
         if isinstance(event, Transition):
             self._count_transition(group, event)
-        else:
+        elif isinstance(event, CallOutcome):
             self._count_outcome(group, event)
+        elif isinstance(event, HealthChecked):
+            self._health_checks.add(*group, event.finding, event.server)
+            if event.outcome is not None and event.took_s is not None:
+                self._probe_duration.observe(event.took_s, *group, event.outcome)
+        elif isinstance(event, WatchBegan):
+            for finding in Finding:
+                for server in ServerAnswer:
+                    self._health_checks.begin(*group, finding, server)
 
     def _group(self, labels: Mapping[str, str]) -> tuple[str, str, str]:
         return self._run, labels.get("model", ""), labels.get("worker_type", "")
@@ -176,21 +184,6 @@ class FleetMetrics(Collector):
     def expect_calls(self, labels: Mapping[str, str], method: str) -> None:
         """Begin to count, at 0, the outcomes of a method of engines with these labels."""
         self._begin_method_at_zero(self._group(labels), method)
-
-    def expect_checks(self, labels: Mapping[str, str]) -> None:
-        """Begin to count, at 0, the health monitor's checks of engines with these labels."""
-        group = self._group(labels)
-        for actor in Check:
-            for server in ServerAnswer:
-                self._health_checks.begin(*group, actor, server)
-
-    def checked(self, labels: Mapping[str, str], actor: Check, server: ServerAnswer) -> None:
-        """Count a check of the health monitor's."""
-        self._health_checks.add(*self._group(labels), actor, server)
-
-    def probed(self, labels: Mapping[str, str], outcome: Outcome, took_s: float) -> None:
-        """Take in how long a probe of the health monitor's took."""
-        self._probe_duration.observe(took_s, *self._group(labels), outcome)
 
     def expect_listener(self, listener: object) -> None:
         """Begin to count, at 0, the failures of a listener."""

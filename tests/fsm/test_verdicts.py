@@ -6,17 +6,30 @@ import math
 
 import pytest
 
+from enginefsm.fsm.outcomes import FATAL, Outcome
 from enginefsm.fsm.states import Reason
-from enginefsm.fsm.verdicts import CAP_WINDOW_S, Decision, FailureCount, VerdictLimits
+from enginefsm.fsm.verdicts import (
+    CAP_WINDOW_S,
+    Decision,
+    Failures,
+    Finding,
+    HealthCheck,
+    ServerAnswer,
+    VerdictLimits,
+    finding_of,
+)
 
-TIMEOUT, FAILED, UNAVAILABLE = Reason.PROBE_TIMEOUT, Reason.PROBE_FAILED, Reason.ACTOR_UNAVAILABLE
+SILENT, SERVED = HealthCheck(Finding.SILENT), HealthCheck(Finding.SILENT, ServerAnswer.SERVES)
+GONE = HealthCheck(Finding.SILENT, ServerAnswer.FAILS)
+FAILED, CONFIRMED = HealthCheck(Finding.FAILED), HealthCheck(Finding.FAILED, silence_counted=True)
+UNAVAILABLE, WELL = HealthCheck(Finding.UNAVAILABLE), HealthCheck(Finding.ANSWERED)
 
 
-def failures(*failures):
-    """A count of failures at these times: (cause, time, whether it counts, whether somebody said so)."""
-    made = FailureCount()
-    for cause, at, counts, *told in failures:
-        made.add(cause, at, counts=counts, told=any(told))
+def failures(*checks):
+    """The failures after these checks at these times."""
+    made = Failures()
+    for check, at in checks:
+        made = made.after(check, at)
     return made
 
 
@@ -44,65 +57,97 @@ def decide(limits, name, now=100.0, since=0.0):
 
 
 def test_failures_in_a_row_are_due_at_the_threshold():
-    three = [(FAILED, 0, True), (TIMEOUT, 10, True), (FAILED, 20, True)]
+    three = [(FAILED, 0), (SILENT, 10), (FAILED, 20)]
     assert not failures(*three[:2]).is_due(3, 120, 20)
     assert failures(*three).is_due(3, 120, 20)
 
 
 def test_without_failures_nothing_is_ever_due():
-    assert not FailureCount().is_due(1, 0, math.inf)
+    assert not Failures().is_due(1, 0, math.inf)
+
+
+def test_an_answer_clears_all_failures():
+    assert failures((FAILED, 0), (SILENT, 10), (WELL, 20)) == Failures()
 
 
 def test_failures_that_do_not_count_are_due_when_the_budget_of_the_outage_is_spent_and_not_before():
-    unavailable = failures(*((UNAVAILABLE, at, False) for at in range(0, 120, 5)))
+    unavailable = failures(*((UNAVAILABLE, at) for at in range(0, 120, 5)))
     assert unavailable.count == 0
     assert not unavailable.is_due(3, 120, 119.9)
     assert unavailable.is_due(3, 120, 120)
 
 
 def test_an_outage_begins_with_its_first_failure_whether_that_counts_or_not():
-    assert failures((TIMEOUT, 0, True), (UNAVAILABLE, 60, False)).is_due(3, 120, 120)
+    assert failures((SILENT, 0), (UNAVAILABLE, 60)).is_due(3, 120, 120)
 
 
 def test_failures_that_counted_before_do_not_end_an_engine_whose_server_serves_again():
-    served = failures((TIMEOUT, 0, True), (TIMEOUT, 10, True), (TIMEOUT, 20, True), (TIMEOUT, 30, False))
-    assert not served.is_due(3, 120, 30)
+    assert not failures((SILENT, 0), (SILENT, 10), (SILENT, 20), (SERVED, 30)).is_due(3, 120, 30)
 
 
 def test_a_stop_of_this_process_forgives_silence_and_breaks_and_not_what_was_told():
-    counted = failures((TIMEOUT, 0, True), (FAILED, 10, True, True), (UNAVAILABLE, 20, False), (FAILED, 30, True, True))
-    counted.forgive_stop(5)
-    assert (counted.count, counted.since, counted.cause) == (2, 15, FAILED)
-    counted.add(FAILED, 40, counts=True, told=True)
-    assert counted.is_due(3, 120, 40)
+    counted = failures((SILENT, 0), (FAILED, 10), (UNAVAILABLE, 20), (FAILED, 30)).forgive_stop(5)
+    assert (counted.count, counted.since, counted.cause) == (2, 15, Reason.PROBE_FAILED)
+    assert counted.after(FAILED, 40).is_due(3, 120, 40)
 
 
 def test_a_stop_of_this_process_leaves_nothing_of_silence_alone():
-    counted = failures((TIMEOUT, 0, True), (UNAVAILABLE, 10, False))
-    counted.forgive_stop(5)
+    counted = failures((SILENT, 0), (UNAVAILABLE, 10)).forgive_stop(5)
     assert (counted.count, counted.since, counted.cause) == (0, None, None)
 
 
-def test_silence_that_ends_with_a_no_is_not_forgiven():
-    counted = failures((TIMEOUT, 0, True))
-    counted.confirm(FAILED, 5)
-    counted.forgive_stop(2)
-    assert (counted.count, counted.since, counted.cause) == (1, 7, FAILED)
+def test_silence_that_ends_with_a_no_is_one_failure_and_is_not_forgiven():
+    counted = failures((SILENT, 0), (CONFIRMED, 5))
+    assert counted.count == 1
+    counted = counted.forgive_stop(2)
+    assert (counted.count, counted.since, counted.cause) == (1, 7, Reason.PROBE_FAILED)
 
 
 def test_a_silence_that_was_told_when_it_was_counted_is_not_told_twice():
-    counted = failures((TIMEOUT, 0, True, True))
-    counted.confirm(FAILED, 5)
-    counted.forgive_stop(2)
-    assert counted.count == 1
+    assert failures((GONE, 0), (CONFIRMED, 5)).forgive_stop(2).count == 1
 
 
 def test_the_time_of_stops_is_no_part_of_the_budget_of_an_outage():
-    counted = failures((FAILED, 0, True, True))
-    counted.forgive_stop(100)
-    counted.add(UNAVAILABLE, 110, counts=False)
+    counted = failures((FAILED, 0)).forgive_stop(100).after(UNAVAILABLE, 110)
     assert not counted.is_due(3, 120, 219.9)
     assert counted.is_due(3, 120, 220)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        HealthCheck(Finding.BUSY), HealthCheck(Finding.BUSY, ServerAnswer.UNWELL), HealthCheck(Finding.LOST),
+        HealthCheck(Finding.DEAD), HealthCheck(Finding.ANSWERED, ServerAnswer.UNWELL, server_is_asked=True),
+        HealthCheck(Finding.ANSWERED, ServerAnswer.FAILS, server_is_asked=True),
+    ],
+)  # fmt: skip
+def test_a_check_that_says_nothing_changes_no_count(check):
+    before = failures((FAILED, 0), (SILENT, 10))
+    assert before.after(check, 20) == before
+
+
+@pytest.mark.parametrize(
+    ("finding", "server", "is_asked", "counts", "told"),
+    [
+        ("answered", "unwell", False, True, True), ("answered", "fails", False, True, True),
+        ("failed", "serves", False, True, True), ("unavailable", "fails", False, False, False),
+        ("silent", "not_asked", False, True, False), ("silent", "unknown", False, True, False),
+        ("silent", "serves", False, False, False), ("silent", "unwell", True, False, False),
+        ("silent", "fails", False, True, True), ("silent", "fails", True, True, False),
+    ],
+)  # fmt: skip
+def test_how_a_failure_counts_depends_on_the_actor_and_its_server(finding, server, is_asked, counts, told):
+    failure = HealthCheck(Finding(finding), ServerAnswer(server), is_asked).failure
+    assert (failure.counts, failure.told) == (counts, told)
+
+
+def test_only_outcomes_of_the_actor_itself_say_something_about_it():
+    found = {outcome: finding_of(outcome) for outcome in Outcome}
+    assert found.pop(Outcome.SUCCEEDED) is Finding.ANSWERED
+    assert found.pop(Outcome.METHOD_FAILED) is Finding.FAILED
+    assert found.pop(Outcome.ACTOR_UNAVAILABLE) is Finding.UNAVAILABLE
+    assert {outcome for outcome, finding in found.items() if finding is Finding.DEAD} == set(FATAL)
+    assert {finding for outcome, finding in found.items() if outcome not in FATAL} <= {Finding.LOST}
 
 
 @pytest.mark.parametrize(

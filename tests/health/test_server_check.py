@@ -10,7 +10,7 @@ import time
 import pytest
 
 from enginefsm.fsm.verdicts import ServerAnswer
-from enginefsm.health.server_check import Address, SecondOpinion, ask
+from enginefsm.health.server_check import Address, ServerCheck, ask
 
 
 def opinion(answer, path="", timeout_s=5.0):
@@ -119,8 +119,8 @@ def test_what_was_asked_before_a_pause_says_nothing_after_it(monkeypatch):
             return ServerAnswer.UNWELL
 
         monkeypatch.setattr("enginefsm.health.server_check.ask", slow)
-        monkeypatch.setattr(SecondOpinion, "_learn_address", lambda opinion, engine: None)
-        opinion = SecondOpinion(lambda: None, "get_url", 30, asked.set)
+        monkeypatch.setattr(ServerCheck, "_learn_address", lambda opinion, engine: None)
+        opinion = ServerCheck(lambda: None, "get_url", 30, asked.set)
         opinion._address = Address("http://127.0.0.1:1")
         asking = asyncio.ensure_future(opinion.keep_asking())
         opinion.ask()

@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from support.bare_handles import bare_handle
 
 import enginefsm
-from enginefsm import CallOutcome, EngineMonitor, EngineState, Outcome, Reason, Transition
+from enginefsm import CallOutcome, EngineMonitor, EngineState, Outcome, Reason, Transition, WatchBegan
 from enginefsm._engine.managed import EngineSnapshot
 from enginefsm.metrics.collector import FleetMetrics
 
@@ -131,7 +131,7 @@ def fleet_in_trouble(fleet):
     fleet.step(EngineState.UNAVAILABLE, EngineState.DEAD, Reason.RETRY_EXHAUSTED)
     fleet.metrics.listener_failed(print)
     fleet.metrics.expect_exporter("hub")
-    fleet.metrics.expect_checks(fleet.engines[0].labels)
+    fleet.metrics(WatchBegan("e", fleet.engines[0].labels, 1, 0.0))
     fleet.engines = [Engine(state=EngineState.DEAD, reason=Reason.RETRY_EXHAUSTED)]
     return fleet
 

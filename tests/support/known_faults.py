@@ -5,7 +5,7 @@ from __future__ import annotations
 from enginefsm.export import Hub, hub
 from enginefsm.fsm.outcomes import Outcome
 from enginefsm.fsm.states import Reason
-from enginefsm.fsm.verdicts import Check, Decision, ServerAnswer
+from enginefsm.fsm.verdicts import Decision, Finding, ServerAnswer
 from support.standin_fleet import StandInFleet
 
 
@@ -16,7 +16,7 @@ def launch_with_faults(glm):
     for name in ("p0", "d0", "d1"):
         glm.launch(name, s_ago=200, worker_type={"p": "prefill", "d": "decode"}[name[0]], node="n3")
     glm.launch("gone", s_ago=200, out_s_ago=260, node="n3")
-    glm.metrics.expect_checks({"model": "tiny", "worker_type": "regular"})
+    glm.watch("e0")
     glm.step("e5", Reason.ACTOR_UNAVAILABLE, s_ago=150)
     glm.answer("e5", Outcome.ACTOR_UNAVAILABLE)
     glm.answer("e5", Outcome.ACTOR_UNAVAILABLE, attempt=1, probe=True, took_s=0.4)
@@ -47,7 +47,7 @@ def let_faults_happen(glm):
     glm.metrics.exporter_failed("hub")
     for check, server, times in (("answered", "serves", 5), ("silent", "serves", 3), ("answered", "fails", 2)):
         for _ in range(times):
-            glm.metrics.checked({"model": "tiny", "worker_type": "regular"}, Check(check), ServerAnswer(server))
+            glm.check("e0", Finding(check), ServerAnswer(server))
     glm.held = {Decision.KILL_CAP: 2}
     for _ in range(3):
         glm.metrics.event_dropped("hub")

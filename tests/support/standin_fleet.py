@@ -8,7 +8,7 @@ import time
 
 from enginefsm._engine.launch_stages import LaunchStages
 from enginefsm._engine.managed import EngineSnapshot
-from enginefsm.events import CallOutcome
+from enginefsm.events import CallOutcome, HealthChecked, WatchBegan
 from enginefsm.export import Exports
 from enginefsm.fsm.outcomes import Outcome
 from enginefsm.fsm.states import EngineRecord, EngineState, Reason
@@ -79,6 +79,13 @@ class StandInFleet:
         labels = self._engines[name].record.labels
         self._tell(CallOutcome(name, labels, method, outcome, attempt, took_s, probe, 1, time.time()))
 
+    def watch(self, name):
+        self._tell(WatchBegan(name, self._engines[name].record.labels, 1, time.time()))
+
+    def check(self, name, finding, server):
+        labels = self._engines[name].record.labels
+        self._tell(HealthChecked(name, labels, 1, finding, server, None, None, time.time()))
+
     def release(self, name):
         self.step(name, Reason.RELEASED)
         del self._engines[name]
@@ -110,5 +117,5 @@ def every_metric():
     fleet.answer("e0", Outcome.ACTOR_UNAVAILABLE)
     fleet.answer("e0", Outcome.ACTOR_UNAVAILABLE, attempt=1, probe=True)
     fleet.step("e0", Reason.RETRY_EXHAUSTED)
-    fleet.metrics.expect_checks({})
+    fleet.watch("e0")
     return {family.name: family for family in fleet.metrics.registry.collect()}

@@ -59,7 +59,7 @@ class Board:
         with self._lock:
             if isinstance(event, Transition):
                 self._move(event)
-            elif event.method == self._launch:
+            elif isinstance(event, CallOutcome) and event.method == self._launch:
                 self._count(event)
 
     def injected(self, injection: Injection) -> None:
