@@ -108,7 +108,7 @@ def ray_on(hosts: Hosts, python: str) -> Iterator[str]:
                 [*ray, *role, f"--node-ip-address={host.address}", f"--resources={resource}", *common],
                 env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
-            wait_until(lambda log=log: "Ray runtime started" in log.read_text(), what=f"Ray on {host.namespace}")
+            wait_until(lambda log=log: "Ray runtime started" in log.read_text(), 180, f"Ray on {host.namespace}")
         try:
             yield address
         finally:
