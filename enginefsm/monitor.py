@@ -270,7 +270,7 @@ class EngineMonitor:
             self.metrics.expect_listener(on_dead)
         context = WatchContext(
             self._registry.engine, self.policy, self._limits, self._delivery.put, self._delivery.deliver,
-            self.metrics.listener_failed,
+            self._delivery.deliver_aside, self.metrics.listener_failed,
         )  # fmt: skip
         with self._lock:
             self._watches = [watch for watch in self._watches if not watch.stopped]

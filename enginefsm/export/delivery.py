@@ -64,7 +64,7 @@ class Delivery:
     def deliver_aside(self) -> None:
         """Have another thread than this one hand the events to the listeners."""
         if self._events:
-            self._lane.ask(self._deliver_patiently)
+            self._lane.ask(self._deliver_for_nobody)
 
     def deliver_here_or_aside(self) -> None:
         """Hand the events to the listeners; if this is an event loop's thread, have another do so in the next turn."""
@@ -81,6 +81,12 @@ class Delivery:
 
     def _deliver_patiently(self) -> None:
         self.deliver(FLUSH_S)
+
+    def _deliver_for_nobody(self) -> None:
+        try:
+            self._deliver_patiently()
+        except BaseException:  # an exit, too, would only end the thread of the lane
+            logger.exception("a listener has ended the delivery of an event")
 
     def _may_deliver(self) -> bool:
         return not self._events or "thread" not in self._deliverer

@@ -80,6 +80,8 @@ class WatchContext:
     """Queues an event for listeners."""
     deliver: Callable[[float], object]
     """Tells listeners. Waits so many seconds if another thread does so."""
+    deliver_aside: Callable[[], object]
+    """Has another thread tell listeners."""
     callback_failed: Callable[[Any], object]
     """Counts a callback that raised."""
 
@@ -277,8 +279,12 @@ class Checker:
             logger.exception("a listener has ended the delivery of an event")
 
     def deliver_and_log(self) -> None:
-        """Tell listeners, and log when a mass outage begins or ends."""
-        self.deliver()
+        """Have listeners told, and log when a mass outage begins or ends.
+
+        A listener that is slow must not delay the checks: a late tick counts as a stop of this process, and forgives
+        silence.
+        """
+        self._context.deliver_aside()
         for line in self._limits.messages():
             logger.warning("%s", line)
 

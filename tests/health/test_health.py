@@ -289,6 +289,17 @@ def test_a_call_that_has_ended_hides_no_frozen_actor_though_nobody_has_awaited_i
     assert end_of(verdict) == (*OURS, Reason.PROBE_TIMEOUT)
 
 
+def test_a_listener_that_is_slow_hides_no_frozen_actor(fleet, watch, verdicts):
+    (rig,) = bring_up(fleet)
+    watch([rig.engine], on_dead=verdicts)
+    wait_for_probes(rig)
+    # Longer than the watch takes for a stop of this process, which forgives silence.
+    fleet.monitor.add_listener(lambda event: time.sleep(2) if isinstance(event, enginefsm.HealthChecked) else None)
+    with chaos.freeze(rig.pid):
+        verdict = verdicts.wait_for()
+    assert end_of(verdict) == (*OURS, Reason.PROBE_TIMEOUT)
+
+
 def test_a_call_that_was_cut_off_may_run_on_and_excuses_silence_though_nobody_awaits_it(fleet, watch, verdicts):
     (rig,) = bring_up(fleet)
     watch([rig.engine], on_dead=verdicts, failure_threshold=1, timeout_s=1)
