@@ -13,6 +13,7 @@ from enginefsm.export import Exports
 from enginefsm.fsm.outcomes import Outcome
 from enginefsm.fsm.states import EngineRecord, EngineState, Reason
 from enginefsm.metrics.collector import FleetMetrics
+from support.bare_handles import bare_handle
 
 
 class StandIn:
@@ -21,6 +22,7 @@ class StandIn:
     stage = None  # Ray is not asked: there is no actor
 
     def __init__(self, name, labels, incarnation, launched_s_ago, out_s_ago):
+        self.handle = bare_handle()
         out_since = None if out_s_ago is None else time.monotonic() - out_s_ago
         self.record = EngineRecord(
             name, labels, incarnation, time.monotonic() - launched_s_ago, time.time() - launched_s_ago, out_since
