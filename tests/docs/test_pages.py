@@ -37,6 +37,12 @@ def test_each_link_of_a_page_leads_to_a_file_and_a_heading(page):
     assert broken == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_each_path_of_the_repository_that_a_page_names_is_there(page):
+    named = re.findall(r"\b((?:enginefsm|tests|dashboards|docs)/[\w./-]*\w)", page.read_text())
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
 def test_the_map_names_each_module_once_and_none_that_is_not_there():
     named = re.findall(r"^\| `(enginefsm/[\w/]+\.py)` \|", (DOCS / "architecture.md").read_text(), re.MULTILINE)
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "enginefsm").rglob("*.py")}

@@ -1,7 +1,7 @@
 """How other frameworks start and use engines, with the lines that change. Each is cut off, on a real Ray: nothing is
 lost, and nothing runs twice.
 
-The shapes are those of miles, verl, SkyRL and OpenRLHF as of 2026; none of their code is here, and none is needed.
+The shapes are those of miles and verl as of 2026, and two more that jobs have. None of their code is here.
 """
 
 from __future__ import annotations
@@ -126,6 +126,14 @@ def background():
 # --- miles: sync handles, awaited by ray.get when servers start and by asyncio.gather afterwards ---
 
 
+class ServerEngine:
+    """Holds one engine. miles checks the type of what it holds by pydantic."""
+
+    def mark_allocated_uninitialized(self, actor_handle):
+        assert isinstance(actor_handle, enginefsm.Engine)  # was: ray.actor.ActorHandle
+        self.actor_handle = actor_handle
+
+
 class MilesGroup:
     def __init__(self, shop, worker_type="regular"):
         self.shop = shop
@@ -134,13 +142,20 @@ class MilesGroup:
 
     def start_engines(self, n):
         for rank in range(n):
-            handle = self.shop.start(SyncEngine)
-            # was: self.all_engines.append(handle)
-            self.all_engines.append(enginefsm.adopt(handle, name=f"{self.worker_type}/{rank}"))
-        return [engine.init.remote(port=30000 + rank) for rank, engine in enumerate(self.all_engines)]
+            rollout_engine = self.shop.start(SyncEngine)
+            # Added:
+            rollout_engine = enginefsm.adopt(rollout_engine, name=f"{self.worker_type}/{rank}")
+            self.all_engines.append(ServerEngine())
+            self.all_engines[-1].mark_allocated_uninitialized(rollout_engine)
+        return [engine.actor_handle.init.remote(port=30000 + rank) for rank, engine in enumerate(self.all_engines)]
 
     async def offload(self):
-        await asyncio.gather(*[engine.release_memory_occupation.remote() for engine in self.all_engines])
+        await asyncio.gather(*[engine.actor_handle.release_memory_occupation.remote() for engine in self.all_engines])
+
+    def stop_engines(self):
+        for engine in self.all_engines:
+            ray.kill(engine.actor_handle.handle)  # was: ray.kill(engine.actor_handle)
+            enginefsm.release(engine.actor_handle)  # added
 
 
 def test_miles(shop, background):
@@ -155,6 +170,9 @@ def test_miles(shop, background):
     asyncio.run(group.offload())
     cutting.result()
     assert [shop.ran(number) for number in range(2)] == [["init", "offload"]] * 2
+
+    group.stop_engines()
+    assert enginefsm.default_monitor().engines() == []
 
 
 # --- verl: asyncio actors, launched by asyncio.gather, asked by many awaits at once ---
@@ -206,10 +224,10 @@ def test_verl(shop, background):
     assert sorted(line for each in ran for line in each[1:]) == sorted(prompts)
 
 
-# --- SkyRL: actors that their constructor makes ready, wrapped, with async methods that await references ---
+# --- actors that their constructor makes ready, wrapped, with async methods that await references ---
 
 
-class SkyRLWrapped:
+class WrappedEngine:
     def __init__(self, handle, number):
         # was: self.inference_engine_actor = handle
         self.inference_engine_actor = enginefsm.adopt(handle, name=f"engine-{number}", launch="__ray_ready__")
@@ -218,9 +236,9 @@ class SkyRLWrapped:
         return await self.inference_engine_actor.generate.remote(prompt)
 
 
-def test_skyrl(shop, background):
+def test_wrapped_actors_that_their_constructor_makes_ready(shop, background):
     cls = enginefsm.monitored(AsyncServer)  # was: AsyncServer
-    wrapped = [SkyRLWrapped(shop.start(cls), number) for number in range(2)]
+    wrapped = [WrappedEngine(shop.start(cls), number) for number in range(2)]
     # was: ray.get([engine.inference_engine_actor.__ray_ready__.remote() for engine in wrapped])
     enginefsm.get([engine.inference_engine_actor.__ray_ready__.remote() for engine in wrapped])
     assert {engine.fsm.state for engine in enginefsm.default_monitor().engines()} == {EngineState.READY}
@@ -234,7 +252,7 @@ def test_skyrl(shop, background):
     assert [shop.ran(number) for number in range(2)] == [["to 0"], ["to 1"]]
 
 
-# --- OpenRLHF: a pool of engines that their constructor makes ready; calls of all, and the first to be done first ---
+# --- a pool of engines that their constructor makes ready; calls of all, and the first to be done first ---
 
 
 def batch_engine_call(engines, method_name, *args):
@@ -248,7 +266,7 @@ async def as_they_end(engines, prompts):
     return [await each for each in asyncio.as_completed(calls)]
 
 
-def test_openrlhf(shop, background):
+def test_a_batch_of_calls_to_all_engines_and_the_first_to_be_done_first(shop, background):
     handles = [shop.start(SyncEngine) for _ in range(2)]
     engines = [enginefsm.adopt(each, name=f"{n}", launch="__ray_ready__") for n, each in enumerate(handles)]
     assert batch_engine_call(engines, "__ray_ready__") == [True, True]
