@@ -92,7 +92,10 @@ class HubSettings:
 
     @staticmethod
     def from_environment(environ: Mapping[str, str] = os.environ) -> HubSettings:
-        """Read `ENGINEFSM_HUB_ADDR`, `_PORT`, `_FILE_SD` and `_LINGER_S`. The ValueError for a bad value names it."""
+        """Return the settings from `ENGINEFSM_HUB_ADDR`, `_PORT`, `_FILE_SD` and `_LINGER_S`.
+
+        Raises ValueError for a bad value. The message names the variable.
+        """
         settings: dict[str, Any] = {}
         for field, kind in (("addr", str), ("port", int), ("file_sd", str), ("linger_s", float)):
             variable = f"ENGINEFSM_HUB_{field.upper()}"
