@@ -30,7 +30,7 @@ class LaunchStages:
 
     def __init__(self, engines: Callable[[], Iterable[ManagedEngine]]) -> None:
         self._engines = engines
-        self._lock = threading.Lock()  # around all of the below
+        self._lock = threading.Lock()  # guards all fields below
         self._asking: threading.Thread | None = None
         self._asked_at = -math.inf
         self._answered = True

@@ -269,7 +269,7 @@ class ManagedEngine:
                 if not is_back and (outcome is Outcome.SUCCEEDED or not launches):
                     return
                 if self._record.reason is Reason.PROBE_FAILED and not probed and not launches:
-                    return  # the actor answered all along, because the failure is behind it
+                    return  # this answer proves nothing, because the failure is behind the actor
             reason = reason_for(outcome, state=self.state, launches=launches, launched=self._record.succeeded)
             if reason is not None:
                 self._step(reason, detail, now)

@@ -30,7 +30,7 @@ class EngineRegistry:
     def __init__(self, emit: Callable[[Transition], None], restart_cap: RestartCap | None) -> None:
         self._emit = emit
         self._restart_cap = restart_cap
-        self._lock = threading.Lock()  # around the three below
+        self._lock = threading.Lock()  # guards the three below
         self._engines: dict[str, Engine] = {}  # by actor id
         self._by_name: dict[str, Engine] = {}  # the newest incarnation
         self._released: dict[str, Lineage] = {}  # by name, where the newest incarnation was released

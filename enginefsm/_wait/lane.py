@@ -25,7 +25,7 @@ class Lane:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._changed = threading.Condition()  # around the two below
+        self._changed = threading.Condition()  # guards the two below
         self._asked: dict[Callable[[], Any], list[tuple[asyncio.AbstractEventLoop, asyncio.Future[Any]]]] = {}
         self._is_running = False
 

@@ -82,7 +82,7 @@ def pace() -> Pace:
 
 
 class _Inbox:
-    """The outcomes that Ray's threads bring to one task. It also wakes the task."""
+    """Holds the outcomes that Ray's threads bring to one task, and wakes the task."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()

@@ -183,7 +183,7 @@ class FleetTable:
     def __init__(self, clock: Callable[[], float], wall: Callable[[], float]) -> None:
         self._clock = clock
         self._wall = wall
-        self._lock = threading.Lock()  # around all of the below
+        self._lock = threading.Lock()  # guards all fields below
         self._managers: dict[str, _Manager] = {}
         self._bygone: dict[str, tuple[str, Counts]] = {}  # the run and counts of managers that were forgotten
         self._heard_at = clock()

@@ -111,7 +111,7 @@ class Outbox:
         self._last_terminal = 0
         self._dropped_queued = 0  # only the monitor's thread writes it
         self._wake = threading.Event()
-        self._attempted = threading.Condition()  # around the three below
+        self._attempted = threading.Condition()  # guards the three below
         self._taken = 0
         self._attempts = 0
         self._failures = 0  # in a row
@@ -145,7 +145,7 @@ class Outbox:
             self._wake.set()
 
     def begin_flush(self, *, terminal_only: bool) -> Callable[[float], bool]:
-        """Have the queued events sent at once, and return a function that waits for that.
+        """Make the thread send the queued events at once, and return a function that waits for that.
 
         The function waits until a monotonic time, and returns whether the exporter took all of them.
         """
@@ -165,7 +165,7 @@ class Outbox:
         return wait
 
     def begin_close(self, by: float) -> None:
-        """Have a last batch sent until `by` (monotonic). After it nothing is sent."""
+        """Make the thread send a last batch until `by` (monotonic), and then end."""
         self._close_by = by
         self._wake.set()
 
