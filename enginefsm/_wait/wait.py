@@ -68,7 +68,7 @@ class Step(Enum):
 
 
 class Wait:
-    """Decides what follows from outcomes. It reports each failure to its engine, and has the first one raised.
+    """Decides what follows from outcomes. It tells engines of outcomes, ends calls, and has the first failure raised.
 
     One driver uses it at a time. Times are monotonic, and the driver reads the clock.
 
