@@ -1,4 +1,4 @@
-"""The exceptions of enginefsm's own. Those that a wait raises are also the Ray exceptions that callers catch."""
+"""The exceptions of enginefsm. Those that a wait raises are also the Ray exceptions that callers catch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from enginefsm.policy import RestartCap
 
 
 class RetryExhaustedError(ActorUnavailableError):
-    """An engine could not be reached within the bounds. If a call failed, `__cause__` is Ray's last error.
+    """The monitor could not reach an engine within the bounds. If a call failed, `__cause__` is Ray's last error.
 
-    From here on the engine is dead to the monitor, whatever its actor does.
+    From then on the monitor treats the engine as dead, whatever its actor does.
     """
 
     def __init__(self, message: str, actor_id: str) -> None:
-        # Ray's own constructor would make a message of its own from the binary id.
+        # Ray's constructor takes the binary id, and builds a message of its own.
         super(ActorUnavailableError, self).__init__(actor_id=actor_id, error_msg=message)
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -26,15 +26,15 @@ class RetryExhaustedError(ActorUnavailableError):
 
 
 class LaunchDeadlineError(GetTimeoutError):
-    """Engines had not ended their launch method by the policy's `launch_deadline_s`. The message names each of them."""
+    """Engines did not end their launch method within the policy's `launch_deadline_s`. The message names each."""
 
 
 class UnsupportedRayError(ImportError):
-    """This Ray lacks something that enginefsm reads of it. The message names both, and the releases that are tested."""
+    """This Ray lacks a name that enginefsm reads. The message tells both, and the releases that are tested."""
 
 
 class ActorRestartedError(ActorDiedError):
-    """Ray restarted the actor under an engine. What the launch method had set up went with the old process."""
+    """Ray restarted the actor of an engine. The old process took with it what the launch method had set up."""
 
     def __init__(self, message: str, actor_id: str) -> None:
         super(ActorDiedError, self).__init__(actor_id=actor_id, error_msg=message)
@@ -44,7 +44,7 @@ class ActorRestartedError(ActorDiedError):
 
 
 class RestartCapError(RuntimeError):
-    """An engine has been replaced as often as the monitor's `RestartCap` allows, and was not adopted again."""
+    """An engine was replaced as often as the monitor's `RestartCap` allows, so `adopt` refused another actor."""
 
     def __init__(self, engine: str, history: Sequence[Incarnation], cap: RestartCap, allowed_in_s: float) -> None:
         self.engine = engine
@@ -53,7 +53,7 @@ class RestartCapError(RuntimeError):
         """What became of each incarnation, oldest first."""
         self.cap = cap
         self.allowed_in_s = allowed_in_s
-        """Seconds until the cap allows one more restart, or infinity."""
+        """Seconds until the cap allows one more restart. Infinity if it never does."""
         super().__init__(engine, history, cap, allowed_in_s)
 
     def __str__(self) -> str:

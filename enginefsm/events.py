@@ -11,36 +11,36 @@ from enginefsm.fsm.verdicts import Finding, ServerAnswer, VerdictHeld
 
 
 class CallOutcome(NamedTuple):
-    """One submission of a call was answered, or failed."""
+    """The outcome of one submission of a call."""
 
     engine: str
     labels: Mapping[str, str]
     method: str
     outcome: Outcome
     attempt: int
-    """0 for the first submission, and the number of the resubmission otherwise."""
+    """0 for the first submission, else the number of the resubmission."""
     took_s: float
-    """From the submission to its outcome."""
+    """Seconds from the submission to its outcome."""
     probe: bool
     """Whether the submission asked if the launch had succeeded."""
     incarnation: int
     """The incarnation of the engine."""
     at_s: float
-    """When it came, in seconds since the epoch."""
+    """When the outcome came, in seconds since the epoch."""
 
 
 class WatchBegan(NamedTuple):
-    """A watch begins to check an engine, or the successor of one."""
+    """A watch begins to check an engine or its successor."""
 
     engine: str
     labels: Mapping[str, str]
     incarnation: int
     at_s: float
-    """When: seconds since the epoch."""
+    """When the watch began, in seconds since the epoch."""
 
 
 class HealthChecked(NamedTuple):
-    """A watch has checked an actor."""
+    """A watch checked an actor."""
 
     engine: str
     labels: Mapping[str, str]
@@ -49,11 +49,11 @@ class HealthChecked(NamedTuple):
     server: ServerAnswer
     """The last answer of the engine's server."""
     outcome: Outcome | None
-    """What the probe was answered; None while it has no answer."""
+    """The outcome of the probe, or None if it had no answer yet."""
     took_s: float | None
-    """From the probe to its answer; None while it has none."""
+    """Seconds from the probe to its answer, or None if it had none yet."""
     at_s: float
-    """When: seconds since the epoch."""
+    """When the watch reported the check, in seconds since the epoch."""
 
 
 Event = Transition | CallOutcome | WatchBegan | HealthChecked | VerdictHeld

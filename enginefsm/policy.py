@@ -1,6 +1,6 @@
-"""The bounds: how long and how often an engine is tried again, and how often it is replaced.
+"""The bounds: how long and how often calls are submitted again, and how often an engine is replaced.
 
-Pure: the caller passes the monotonic time in.
+This module reads no clock. The caller passes the monotonic time in.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import random
 from collections.abc import Sequence
 from typing import Literal
 
-# The shortest pause before a resubmission. Full jitter alone may draw 0, and would then hammer a node that is ill.
+# The shortest pause before a resubmission. Full jitter alone may draw 0, and that would overload an ill node.
 FLOOR_S = 0.05
 
 
 def check_seconds(what: str, value: object, *, above: float | None = None, least: float = 0.0) -> None:
-    """Raise ValueError unless `value` is a finite number of seconds, `least` or more, or more than `above`."""
+    """Raise ValueError unless `value` is a finite number of seconds: `least` or more, or more than `above` if given."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if is_number and (value >= least if above is None else value > above):  # type: ignore[operator]
         return
@@ -72,7 +72,7 @@ class RetryPolicy:
 
     def pause_s(self, attempt: int) -> float:
         """Return the pause before resubmission number `attempt`, which counts from 1."""
-        # In logarithms, since the power of a large attempt overflows.
+        # The logarithms avoid the overflow of the power for a large `attempt`.
         grown = math.log(self.base_s) + (attempt - 1) * math.log(self.factor)
         longest = self.cap_s if grown >= math.log(self.cap_s) else min(self.cap_s, math.exp(grown))
         return longest if self.jitter == "none" else random.uniform(min(FLOOR_S, longest), longest)
@@ -95,7 +95,7 @@ class RestartCap:
     def allows_in_s(self, restarted_at: Sequence[float], now: float) -> float:
         """Return the seconds until one more restart is allowed: 0 if it is allowed now, infinity if it never is.
 
-        `restarted_at` are the monotonic times of the restarts so far, oldest first. The newest `restarts` suffice.
+        `restarted_at` holds the monotonic times of the restarts so far, oldest first. The newest `restarts` are enough.
         """
         if len(restarted_at) < self.restarts:
             return 0.0

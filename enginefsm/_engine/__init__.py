@@ -1,1 +1,1 @@
-"""An engine: what users hold, and its record."""
+"""The engine that users hold, its record, and the registry of a monitor's engines."""

@@ -1,4 +1,4 @@
-"""Refuses bad arguments of `adopt` and `watch`, in words, before anything has changed."""
+"""Refuses bad arguments of `adopt` and `watch` before they change anything. The messages say what to pass."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _RESERVED_LABELS = frozenset({"run", "engine", "state", "incarnation", "actor_id
 def check_adopted(
     handle: Any, name: str, launch: str, launched_if: LaunchedIf | None, labels: Mapping[str, object]
 ) -> None:
-    """Raise TypeError or ValueError if `EngineMonitor.adopt` cannot take these."""
+    """Raise TypeError or ValueError if `EngineMonitor.adopt` cannot take these arguments."""
     if isinstance(handle, Engine):
         raise TypeError(f"{handle!r} is adopted already; adopt() takes the actor's handle")
     if not isinstance(handle, ActorHandle):
@@ -47,7 +47,7 @@ def check_adopted(
 def check_watched(
     monitor: object, groups: Sequence[Sequence[Engine]], probe: str, address: str | None, on_dead: object
 ) -> None:
-    """Raise TypeError or ValueError if `monitor.watch` cannot take these."""
+    """Raise TypeError or ValueError if `monitor.watch` cannot take these arguments."""
     if not groups or not all(groups):
         raise ValueError("watch() takes one engine or more, and no empty sequence of actors")
     if on_dead is not None and not callable(on_dead):

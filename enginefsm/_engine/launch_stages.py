@@ -1,7 +1,7 @@
-"""How far the actors of launching engines are, as Ray says: what a launch that takes long is waiting for.
+"""Asks Ray for the launch stages of engines. A stage tells people what a slow launch is waiting for.
 
-People read it, and it moves no engine. A thread of its own asks Ray about all launching engines at once, because the
-GCS may be frozen or gone, and neither a caller nor its event loop must wait for that.
+Stages move no engine. A thread of its own asks Ray about all launching engines at once. The GCS may be frozen or gone,
+and neither a caller nor its event loop may wait for it.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from enginefsm._ray.control_plane import Creation
 from enginefsm.fsm.states import EngineState, LaunchStage
 
 EVERY_S = 5.0
-"""How often Ray is asked for the exporters. For a message it is asked if its last answer is older than `FRESH_S`."""
+"""How often the exporters have Ray asked, in seconds."""
 FRESH_S = 1.0
+"""For a message, Ray is asked if its last answer is older than this many seconds."""
 ANSWER_S = 1.0
-"""How long Ray may take to answer. If it did not answer, it is asked again after `EVERY_S`, whatever for."""
+"""How long Ray may take to answer, in seconds. If it does not answer, nobody asks it again within `EVERY_S`."""
 
 
 class LaunchStages:
-    """Tells the launching engines among `engines()` which stage they have reached. Thread-safe."""
+    """Tells each launching engine of `engines()` which stage it has reached. Thread-safe."""
 
     def __init__(self, engines: Callable[[], Iterable[ManagedEngine]]) -> None:
         self._engines = engines
-        self._lock = threading.Lock()  # around all of the below
+        self._lock = threading.Lock()  # guards all fields below
         self._asking: threading.Thread | None = None
         self._asked_at = -math.inf
         self._answered = True
@@ -48,7 +49,7 @@ class LaunchStages:
                 asking = threading.Thread(target=self._ask, args=(launching,), name="enginefsm-stages", daemon=True)
                 try:
                     asking.start()
-                except RuntimeError:  # the interpreter ends, or there are too many threads: stages stay unknown
+                except RuntimeError:  # the interpreter is ending or has too many threads, and stages may stay unknown
                     return
                 self._asking, self._asked_at = asking, now
         asking.join(wait_s)

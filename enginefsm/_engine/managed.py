@@ -1,4 +1,4 @@
-"""One adopted engine as the library sees it: its actor, its record, and the lock around the record."""
+"""The library's view of one adopted engine: its actor, its record, and the lock around the record."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from enginefsm.fsm.outcomes import Outcome, reason_for
 from enginefsm.fsm.states import GIVEN_UP, STATES, EngineRecord, EngineState, LaunchStage, Reason, Transition, why
 from enginefsm.policy import RetryPolicy
 
-PLAIN_REFS_KEPT = 100  # an engine
+PLAIN_REFS_KEPT = 100  # for each engine
 BY_CONSTRUCTOR = "__ray_ready__"
-"""The launch method of an engine that its constructor makes ready. Ray's own, which any actor answers."""
+"""The launch method of an engine that its constructor makes ready. Every actor has this method of Ray's."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EngineSnapshot:
-    """One engine at one moment: everything here was true together."""
+    """One engine at one moment. All fields are read under one lock, so they agree."""
 
     engine: str
     labels: Mapping[str, str]
@@ -39,16 +39,16 @@ class EngineSnapshot:
     state: EngineState
     reason: Reason
     since_s: float
-    """When it entered the state, in seconds since the epoch."""
+    """When the engine entered the state, in seconds since the epoch."""
     spent_s: Mapping[EngineState, float]
     """Seconds spent in each earlier state, before `since_s`."""
     ever_ready: bool
     stage: LaunchStage | None
-    """How far its launch is, or was when its deadline passed. None if that is not known."""
+    """How far its launch is, or was when its deadline passed. None if this is not known."""
     past: tuple[Incarnation, ...]
-    """What became of the earlier incarnations of its name, oldest first."""
+    """The earlier incarnations of its name and their ends, oldest first."""
     detail: str = ""
-    """What happened when it entered the state, in one line."""
+    """What happened when the engine entered the state, in one line."""
 
 
 def _nobody() -> None:
@@ -58,8 +58,8 @@ def _nobody() -> None:
 class ManagedEngine:
     """One incarnation of an engine. Thread-safe.
 
-    Every change of state happens under the engine's lock and is emitted there, so that an engine's transitions keep
-    their order. The monitor delivers them later, outside the lock.
+    The engine changes its state and emits the transition under its lock, so that its transitions keep their order. The
+    monitor delivers them later, outside the lock.
 
     Args:
         handle: The actor.
@@ -112,11 +112,12 @@ class ManagedEngine:
         self.launch_called = False
         """Whether the launch method was called through the engine, and not on the plain handle."""
         self.stage: LaunchStage | None = None
-        """How far the launch was when Ray was last asked; None if that is not known or the engine is not launching.
-        An engine that the launch deadline ended keeps its stage."""
-        # Not the object itself: in a cycle with the handle, it would keep the actor alive until a garbage collection.
+        """How far the launch was when Ray was last asked. None if this is not known or the engine is not launching.
+
+        If the launch deadline ended the engine, it keeps its stage."""
+        # A weak reference, because a cycle with the handle would keep the actor alive until a garbage collection.
         self.proxy: Callable[[], Any] = _nobody
-        """Gives the engine that users hold, or None."""
+        """Returns the engine that users hold, or None."""
         self._wakers: dict[Callable[[], None], None] = {}  # a set takes three times the memory
         self._plain_refs: dict[str, PlainRef] = {}
         self._record = record
@@ -142,22 +143,22 @@ class ManagedEngine:
 
     @property
     def state(self) -> EngineState:
-        """Where the engine is now."""
+        """The engine's present state."""
         return STATES[self._record.state]
 
     @property
     def reason(self) -> Reason:
-        """Why the engine is there."""
+        """Why the engine entered its state."""
         return self._record.reason
 
     @property
     def detail(self) -> str:
-        """What happened when the engine got there, in one line."""
+        """What happened when the engine entered its state, in one line."""
         return self._record.detail
 
     @property
     def since(self) -> float:
-        """Since when the engine is there, in seconds since the epoch."""
+        """When the engine entered its state, in seconds since the epoch."""
         return self._record.since_epoch_s
 
     @property
@@ -218,7 +219,7 @@ class ManagedEngine:
         return f"{line}; {self.detail}" if detail and self.detail else line
 
     def history(self) -> list[Incarnation]:
-        """Return what became of each incarnation of the name, oldest first, this one last."""
+        """Return the incarnations of the name and their ends, oldest first, this one last."""
         with self._lock:
             return [*self.lineage.past, Incarnation.of(self._record, self.actor_id)][-INCARNATIONS_KEPT:]
 
@@ -228,7 +229,7 @@ class ManagedEngine:
             return self.lineage.ended(self._record, self.actor_id)
 
     def reached(self, stage: LaunchStage | None) -> None:
-        """Take in how far the launch is, if the engine is still launching."""
+        """Take in the stage of the launch, if the engine is still launching."""
         with self._lock:
             if self._record.state == EngineState.LAUNCHING:
                 self.stage = stage
@@ -249,11 +250,11 @@ class ManagedEngine:
         Args:
             outcome: What Ray said.
             launches: Whether the call was of the launch method.
-            submitted_at: When it was submitted, on the monotonic clock.
-            again: Whether it was a resubmission.
-            probed: Whether it was a health check that found all well.
+            submitted_at: When the call was submitted, on the monotonic clock.
+            again: Whether the submission was a resubmission.
+            probed: Whether the call was a health check that found the engine well.
             detail: What happened, in one line.
-            now: The monotonic time, if the caller has read it.
+            now: The monotonic time. If it is None, the engine reads the clock.
         """
         with self._lock:
             now = time.monotonic() if now is None else now
@@ -268,7 +269,7 @@ class ManagedEngine:
                 if not is_back and (outcome is Outcome.SUCCEEDED or not launches):
                     return
                 if self._record.reason is Reason.PROBE_FAILED and not probed and not launches:
-                    return  # the actor answered all along: the failure is behind it
+                    return  # this answer proves nothing, because the failure is behind the actor
             reason = reason_for(outcome, state=self.state, launches=launches, launched=self._record.succeeded)
             if reason is not None:
                 self._step(reason, detail, now)
@@ -280,14 +281,14 @@ class ManagedEngine:
                 self._outages.suspected(asked_at)
 
     def step(self, reason: Reason, detail: str = "") -> bool:
-        """Move for `reason` if there is such an edge from here, and return whether the engine moved."""
+        """Move for `reason` if the present state has an edge for it. Return whether the engine moved."""
         with self._lock:
             moved = self._step(reason, detail, time.monotonic())
         self._wake_waits()
         return moved
 
     def give_up(self, reason: Reason, detail: str = "") -> bool:
-        """End the engine for a watch's verdict, unless it is back, and return whether it ended."""
+        """End the engine for a watch's verdict, unless it is available again. Return whether it ended."""
         with self._lock:
             ended = self.state is EngineState.UNAVAILABLE and self._step(reason, detail, time.monotonic())
         self._wake_waits()
@@ -301,7 +302,7 @@ class ManagedEngine:
         self._wake_waits()
 
     def given_up_at(self) -> float:
-        """Return when the monitor gave the engine up, on the monotonic clock, or infinity if it did not."""
+        """Return the monotonic time at which the monitor gave the engine up, or infinity if it did not."""
         with self._lock:
             return self._record.since if self._record.reason in GIVEN_UP else math.inf
 
@@ -314,12 +315,12 @@ class ManagedEngine:
         self._wakers.pop(wake, None)
 
     def plan_resubmission(self, call: Awaited, policy: RetryPolicy, now: float) -> bool:
-        """Have a call submitted again that found the engine unavailable. Return False if it is out of bounds."""
+        """Queue a call that found the engine unavailable for resubmission. Return False if it is out of bounds."""
         with self._lock:
             return self._resubmissions.plan(call, self._outages.present, policy, now)
 
     def ask_again(self, call: Awaited, at: float) -> None:
-        """Have a check for the launch submitted again at `at` (monotonic)."""
+        """Queue a check for the launch for resubmission at `at` (monotonic)."""
         with self._lock:
             self._resubmissions.put(call, at)
 
@@ -329,7 +330,7 @@ class ManagedEngine:
             return self._resubmissions.due(now)
 
     def plain_ref(self, ref: ObjectRef[Any]) -> PlainRef:
-        """Return what is known of a plain reference of the actor: one object, however often it is awaited."""
+        """Return the `PlainRef` of a plain reference of the actor. A launch or a failed reference keeps its object."""
         with self._lock:
             known = self._plain_refs.get(ref.hex())
         if known is not None:
@@ -342,7 +343,7 @@ class ManagedEngine:
             return known
 
     def lose(self, ref: PlainRef) -> None:
-        """Note that a plain reference failed: looking at it again will say nothing new of the engine."""
+        """Note that a plain reference failed. Another look at it would say nothing new about the engine."""
         with self._lock:
             ref.lost = True
             self._remember(ref)
@@ -368,5 +369,5 @@ class ManagedEngine:
 
 
 def engine_of(call: Awaited) -> ManagedEngine:
-    """Return the engine of a call. `Awaited` knows it as a `Callee`, so that calls need not know this module."""
+    """Return the engine of a call. `Awaited` declares it as a `Callee`, so that calls do not import this module."""
     return cast("ManagedEngine", call.engine)

@@ -1,4 +1,4 @@
-"""The engine that users hold: a stand-in for the actor's handle, with two names of its own."""
+"""The engine that users hold. It stands in for the actor's handle, and has two names of its own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from enginefsm.fsm.states import EngineState, Reason
 
 
 class EngineFsm:
-    """The state machine of one engine, to read."""
+    """A read-only view of one engine's state machine."""
 
     __slots__ = ("_managed",)
 
@@ -40,26 +40,26 @@ class EngineFsm:
 
     @property
     def state(self) -> EngineState:
-        """Where the engine is now."""
+        """The engine's present state."""
         return self._managed.state
 
     @property
     def reason(self) -> Reason:
-        """Why the engine is there."""
+        """Why the engine entered its state."""
         return self._managed.reason
 
     @property
     def detail(self) -> str:
-        """What happened when the engine got there, in one line: the text of the exception, say."""
+        """What happened when the engine entered its state, in one line, such as the text of an exception."""
         return self._managed.detail
 
     @property
     def since(self) -> float:
-        """Since when the engine is there, in seconds since the epoch."""
+        """When the engine entered its state, in seconds since the epoch."""
         return self._managed.since
 
     def history(self) -> list[Incarnation]:
-        """Return what became of each incarnation of the name, oldest first, this one last."""
+        """Return the incarnations of the name and their ends, oldest first, this one last."""
         return self._managed.history()
 
     def describe(self) -> str:
@@ -71,20 +71,20 @@ class EngineFsm:
 
 
 class Engine:
-    """An engine actor under a monitor, used as the actor's handle is used.
+    """An engine actor under a monitor. Use it as you use the actor's handle.
 
-    An engine has two names of its own. Every other name is the actor's, whatever its methods are called. An actor's
-    method that is itself called `fsm` or `handle` is reached through `engine.handle`.
+    An engine has two names of its own, `fsm` and `handle`. Every other name is the actor's. If the actor itself has a
+    method `fsm` or `handle`, call that method through `engine.handle`.
 
-    An engine pickles as the plain `ActorHandle`, equals it, and hashes as it does.
+    An engine pickles as the plain `ActorHandle`, equals it, and has the same hash.
     """
 
     __slots__ = ("__weakref__", "fsm", "handle")
 
     fsm: EngineFsm
-    """Where the engine is and why."""
+    """The engine's state, and why it is in that state."""
     handle: ActorHandle[Any]
-    """The plain handle, for functions that take nothing else (`ray.kill`)."""
+    """The plain handle, for functions that take only that, such as `ray.kill`."""
 
     def __init__(self, managed: ManagedEngine) -> None:
         self.fsm = EngineFsm(managed)
@@ -110,7 +110,7 @@ class Engine:
         return hash(self.handle)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A receiver that knows nothing of enginefsm gets the handle itself. Ray counts the handle as it passes.
+        # A receiver may not have enginefsm, so it gets the handle itself. Ray counts the handle when it is pickled.
         return operator.itemgetter(0), ((self.handle,),)
 
 
@@ -118,11 +118,11 @@ OWN_NAMES = frozenset({"fsm", "handle"})
 
 
 def proxy(one: ManagedEngine) -> Engine:
-    """Return the engine of a record: the object that the program holds, if it still holds it."""
+    """Return the engine of a record. If the program still holds that object, return the same one."""
     held: Engine | None = one.proxy()
     return Engine(one) if held is None else held
 
 
 def managed(engine: Engine) -> ManagedEngine:
-    """Return the record behind an engine, which the library reads and moves."""
+    """Return the record behind an engine. The library reads and moves it."""
     return engine.fsm._managed

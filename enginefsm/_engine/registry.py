@@ -1,4 +1,4 @@
-"""Which engines a monitor has: by actor, by name, and what is kept of names whose engine was released."""
+"""The engines of a monitor, by actor and by name. The histories of released engines are kept by name."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class EngineRegistry:
 
     Args:
         emit: Takes each transition. It must not block.
-        restart_cap: How often an engine that died may be replaced; None for as often as you like.
+        restart_cap: How often an engine that died may be replaced. None sets no limit.
     """
 
     def __init__(self, emit: Callable[[Transition], None], restart_cap: RestartCap | None) -> None:
         self._emit = emit
         self._restart_cap = restart_cap
-        self._lock = threading.Lock()  # around the three below
+        self._lock = threading.Lock()  # guards the three below
         self._engines: dict[str, Engine] = {}  # by actor id
         self._by_name: dict[str, Engine] = {}  # the newest incarnation
         self._released: dict[str, Lineage] = {}  # by name, where the newest incarnation was released
@@ -44,9 +44,9 @@ class EngineRegistry:
         labels: Mapping[str, str],
         awaiter: Awaiter,
     ) -> Engine:
-        """Return the engine of an actor: the present one if the actor is adopted, else a new incarnation of the name.
+        """Return the engine of an actor. If the actor is not adopted yet, create a new incarnation of the name.
 
-        Raises ValueError or RestartCapError as `EngineMonitor.adopt` does. Nothing has changed then.
+        Raises ValueError or RestartCapError as `EngineMonitor.adopt` does. In that case it changes nothing.
         """
         actor_id = _ray_handles.actor_id(handle)
         with self._lock:
@@ -79,11 +79,11 @@ class EngineRegistry:
             return engine
 
     def release(self, engine: Engine) -> None:
-        """Let go of an engine, which is dead from here on. Keep the history of its name."""
+        """Release an engine, which is dead from then on. Keep the history of its name."""
         one = managed(engine)
         with self._lock:
             one.step(Reason.RELEASED, "release() was called")
-            if _is(self._engines.get(one.actor_id), one):  # else its actor was adopted again
+            if _is(self._engines.get(one.actor_id), one):  # else the actor was adopted again
                 del self._engines[one.actor_id]
             if _is(self._by_name.get(one.name), one):
                 del self._by_name[one.name]
@@ -96,7 +96,7 @@ class EngineRegistry:
             return cap is None or cap.allows_in_s(self._lineage(name).restarted_at, time.monotonic()) <= 0
 
     def history(self, name: str) -> list[Incarnation]:
-        """Return what became of each incarnation of a name, oldest first."""
+        """Return the incarnations of a name and their ends, oldest first."""
         with self._lock:
             engine = self._by_name.get(name)
             return list(self._lineage(name).past) if engine is None else engine.fsm.history()
@@ -107,7 +107,7 @@ class EngineRegistry:
             return list(self._engines.values())
 
     def newest(self, name: str) -> Engine | None:
-        """Return the newest engine of a name, dead or not."""
+        """Return the newest engine of a name, even if it is dead, or None if there is none."""
         with self._lock:
             return self._by_name.get(name)
 
@@ -127,7 +127,7 @@ class EngineRegistry:
         return None if engine is None else managed(engine)
 
     def _lineage(self, name: str) -> Lineage:
-        """Return what the next incarnation of a name follows. The caller holds the lock."""
+        """Return the lineage that the next incarnation of a name continues. The caller holds the lock."""
         engine = self._by_name.get(name)
         return self._released.get(name, FIRST) if engine is None else managed(engine).lineage_after()
 

@@ -1,4 +1,4 @@
-"""The queue of the calls of one engine that are submitted again."""
+"""The queue of one engine's calls that are to be submitted again."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from enginefsm.policy import RetryPolicy
 
 
 class Resubmissions:
-    """The calls of one engine that rest, whichever wait waits for them. The caller holds the engine's lock.
+    """The resting calls of one engine, from all waits. The caller holds the engine's lock.
 
-    All of them go out at one moment, so that the actor gets them in the order in which they were made.
+    All of them are submitted at one moment, so that the actor gets them in the order in which they were made.
     """
 
     __slots__ = ("_at", "_calls")
@@ -24,8 +24,8 @@ class Resubmissions:
         self._calls: dict[weakref.ref[Awaited], None] = {}
 
     def plan(self, call: Awaited, outage: Outage | None, policy: RetryPolicy, now: float) -> bool:
-        """Have a call submitted again that found the engine unavailable. Return False if it is out of bounds."""
-        if outage is None:  # another call was answered since: the engine is back already
+        """Queue a call that found the engine unavailable. Return False if it is out of bounds."""
+        if outage is None:  # another call was answered since, so the engine is available again
             self.put(call, max(now, self._at) if self._some_wait() else now)
             return True
         if call.outage is None or call.outage.outage is not outage:
@@ -39,19 +39,19 @@ class Resubmissions:
         return True
 
     def put(self, call: Awaited, at: float) -> None:
-        """Have a call submitted again at `at`."""
+        """Queue a call for resubmission at `at`."""
         call.rest(at)
         self._calls[weakref.ref(call)] = None
 
     def due(self, now: float) -> list[Awaited]:
-        """Return the calls to submit now, in the order in which they were made: those for which somebody waits."""
+        """Return the calls that a wait waits for and that are due, in the order in which they were made."""
         resting = list(self._resting())
         self._calls = {weakref.ref(call): None for call in resting}
         due = (call for call in resting if call.is_awaited and now >= call.resubmit_at)
         return sorted(due, key=operator.attrgetter("made_at"))
 
     def _resting(self) -> Iterator[Awaited]:
-        """The calls that rest still, of those that somebody still holds."""
+        """Yield the calls that still rest and that somebody still holds."""
         held = (ref() for ref in self._calls)
         return (call for call in held if call is not None and call.out is None)
 

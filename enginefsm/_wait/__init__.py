@@ -1,1 +1,1 @@
-"""The wait for calls, for threads and for event loops."""
+"""The wait for calls, with one driver for threads and one for event loops."""

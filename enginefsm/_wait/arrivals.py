@@ -1,4 +1,4 @@
-"""Tells event loops that a reference has its outcome. Ray says so on a thread of its own."""
+"""Tells event loops when a reference has its outcome. Ray reports that on a thread of its own."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from enginefsm._wait.wait import Raised
 
 
 class Taker(Protocol):
-    """One who waits for references. It is called on a thread of Ray's, which it must not block."""
+    """A waiter for references. Ray's thread calls it, and it must not block that thread."""
 
     def came(self, ref: ObjectRef[Any], outcome: Any) -> None:
         """Take the outcome of `ref`: a value, or an exception in a `Raised`."""
 
     def look_again(self, ref: ObjectRef[Any]) -> None:
-        """Ask for `ref` again. It is complete, and its outcome went to another taker."""
+        """Ask for `ref` again, because its outcome went to another taker. `ref` is complete."""
 
 
 class _Arrival:
-    """One question to Ray, for all who wait for one reference. Ray keeps each question until the reference is complete.
+    """One question to Ray, for all takers of one reference. Ray keeps a question until the reference is complete.
 
-    Each taker gets a value or an exception of its own, as each `ray.get` returns its own. So the outcome goes to one
-    taker, and the others are told to ask again.
+    Each taker must get its own copy of the value or exception, as each `ray.get` returns its own. So the outcome goes
+    to one taker, and the others ask again.
     """
 
     __slots__ = ("__weakref__", "_lock", "_takers", "ref")
@@ -38,7 +38,7 @@ class _Arrival:
         ref.future().add_done_callback(self._arrived)
 
     def tell(self, taker: Taker) -> bool:
-        """Tell `taker` as well. Return False if it is too late for that, and another arrival is needed."""
+        """Add `taker`. Return False if the outcome has come already, because then the taker needs a new arrival."""
         with self._lock:
             if self._takers is None:
                 return False
@@ -46,7 +46,7 @@ class _Arrival:
             return True
 
     def forget(self, taker: Taker) -> None:
-        """Tell `taker` nothing any more."""
+        """Remove `taker`."""
         with self._lock:
             if self._takers is not None:
                 self._takers.pop(taker, None)
@@ -62,7 +62,7 @@ class _Arrival:
             taker.look_again(self.ref)
 
 
-# The questions that Ray keeps. Two threads that begin at once may each ask, which costs one question more.
+# The questions that Ray keeps. Two threads that ask at the same time may add two, which costs only one more question.
 _arrivals: weakref.WeakValueDictionary[ObjectRef[Any], _Arrival] = weakref.WeakValueDictionary()
 
 
@@ -74,7 +74,7 @@ def tell(taker: Taker, ref: ObjectRef[Any]) -> None:
 
 
 def forget(taker: Taker, ref: ObjectRef[Any]) -> None:
-    """Tell `taker` nothing of `ref` any more."""
+    """Tell `taker` nothing more about `ref`."""
     arrival = _arrivals.get(ref)
     if arrival is not None:
         arrival.forget(taker)

@@ -1,4 +1,4 @@
-"""The exceptions that a wait raises, and their words."""
+"""The exceptions that a wait raises, and their messages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SEALED = (
 
 
 def noted(one: Awaited, exception: Exception, advice: str = "") -> Exception:
-    """Add the note that names the engine."""
+    """Add the note that names the engine, and the advice as a second note. Return the exception."""
     exception.add_note(f"enginefsm: {one.method}() of {engine_of(one).describe(detail=False)}")
     if advice:
         exception.add_note(f"enginefsm: {advice}")
@@ -72,7 +72,7 @@ def launch_deadline(detail: str, late: list[ManagedEngine], others: list[Managed
 
 
 def timed_out(waiting: Iterable[Awaited], ended: int, timeout_s: float) -> Exception:
-    """Return the exception for the caller's timeout. It names what is still waited for."""
+    """Return the exception for the caller's timeout. It names the calls that have not ended."""
     lines = [f"  {one.method}() of {engine_of(one).describe()}" for one in waiting]
     every = ended + len(lines)
     return GetTimeoutError(

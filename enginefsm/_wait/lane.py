@@ -1,4 +1,4 @@
-"""A thread for work that may take long, and that an event loop must not do itself."""
+"""A thread for work that may take long, so that an event loop does not do it itself."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ T = TypeVar("T")
 logger = logging.getLogger("enginefsm")
 
 LINGER_S = 5.0
-"""How long the thread waits for more work before it ends."""
+"""How many seconds the thread waits for more work before it ends."""
 
 
 class Lane:
-    """Runs functions for event loops, one after another, on a daemon thread that comes and goes with the work.
+    """Runs functions for event loops, one after another, on a daemon thread that lives while there is work.
 
-    A function that is asked for again before it has begun runs once for all who asked. The executor of the event loop
-    is no good for this: it may be full of the program's own work, and Python waits for its threads at exit.
+    If a function is asked for again before it began, it runs once for all askers. The event loop's executor does not
+    serve here: it may be full of the program's own work, and Python waits for its threads at exit.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._changed = threading.Condition()  # around the two below
+        self._changed = threading.Condition()  # guards the two below
         self._asked: dict[Callable[[], Any], list[tuple[asyncio.AbstractEventLoop, asyncio.Future[Any]]]] = {}
         self._is_running = False
 
@@ -35,7 +35,7 @@ class Lane:
             self._put(act)
 
     async def run(self, act: Callable[[], T], patience_s: float | None = None) -> T | None:
-        """Return or raise what `act()` does. If it takes longer than `patience_s`, return None; it goes on."""
+        """Return or raise the outcome of `act()`. If it takes longer than `patience_s`, return None, and it goes on."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T] = loop.create_future()
         with self._changed:
@@ -45,7 +45,7 @@ class Lane:
             return answer.result() if answer.done() else None
         finally:
             if not answer.cancel() and not answer.cancelled():
-                answer.exception()  # so that asyncio does not complain, if the asker was cancelled meanwhile
+                answer.exception()  # if the asker was cancelled, asyncio would log that nobody read the exception
 
     def _put(self, act: Callable[[], Any]) -> list[tuple[asyncio.AbstractEventLoop, asyncio.Future[Any]]]:
         if not self._is_running:
@@ -65,7 +65,7 @@ class Lane:
             value, error = None, None
             try:
                 value = act()
-            except BaseException as exception:  # noqa: BLE001  an exit, too, goes to the asker and ends no lane
+            except BaseException as exception:  # noqa: BLE001  even SystemExit goes to the asker
                 error = exception
             if error is not None and not answers:
                 logger.error("%s failed", act, exc_info=error)
@@ -73,10 +73,10 @@ class Lane:
                 mine = [answer for at, answer in answers if at is loop]
                 with contextlib.suppress(RuntimeError):  # the loop has been closed
                     loop.call_soon_threadsafe(_give, mine, value, error)
-            del act, answers, value, error  # a thread that waits must not keep them alive
+            del act, answers, value, error  # the waiting thread must not keep them alive
 
 
 def _give(answers: list[asyncio.Future[Any]], value: Any, error: BaseException | None) -> None:
     for answer in answers:
-        if not answer.done():  # else nobody waits for it any more
+        if not answer.done():  # else nobody waits for the answer any more
             answer.set_result(value) if error is None else answer.set_exception(error)

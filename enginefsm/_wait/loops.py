@@ -1,7 +1,7 @@
-"""The driver of a wait on an event loop, which goes on meanwhile: behind `EngineMonitor.gather` and `await call`.
+"""The driver of a wait on an event loop, for `EngineMonitor.gather` and `await call`. The loop goes on meanwhile.
 
-The wait never blocks the loop. Outcomes come from Ray's own threads. Work that may take long is done in a lane. The
-rest is done on the loop in small pieces, and all waits together use a few milliseconds of one turn of the loop.
+The driver never blocks the loop. Outcomes come from Ray's own threads. A lane does the work that may take long. The
+driver does the rest on the loop in small pieces. All waits together use a few milliseconds of one turn of the loop.
 """
 
 from __future__ import annotations
@@ -24,24 +24,27 @@ from enginefsm._wait.threads import complete, together_s
 from enginefsm._wait.wait import Raise, Sleep, Step, Submit, Wait, submit
 
 TURN_S = 0.003
-"""How much of one turn of a loop all its waits use together."""
+"""How many seconds of one turn of a loop all its waits use together."""
 QUEUED_A_TURN = 8
-"""How many pieces of work are done in one turn, of those that had to wait for it."""
+"""How many pieces of work that had to wait for a turn are done in it."""
 TOGETHER_FROM = 100
 LOOK_S = 5.0
-"""How long a task sleeps at most. Nothing wakes it if Ray is shut down. Engines that are given up do wake it, so this
-is longer than for a thread: thousands of tasks may sleep on one loop."""
+"""How many seconds a task sleeps at most. Nothing wakes it if Ray is shut down.
+
+An engine that is given up wakes the task. So this is longer than for a thread, and one loop may have thousands of tasks
+asleep.
+"""
 
 
 class Pace:
     """Spreads the pieces of work of all waits over the turns of one event loop."""
 
     def __init__(self) -> None:
-        self._began: float | None = None  # in this turn, on the monotonic clock
+        self._began: float | None = None  # when the first work of this turn began (monotonic)
         self._queue: collections.deque[asyncio.Future[None]] = collections.deque()
 
     async def __call__(self) -> None:
-        """Wait for another turn, if the time of this turn is used up."""
+        """Wait for another turn if the time of this turn is used up."""
         now = time.monotonic()
         loop = asyncio.get_running_loop()
         if self._began is None:
@@ -79,7 +82,7 @@ def pace() -> Pace:
 
 
 class _Inbox:
-    """The outcomes that Ray's threads have for one task, and the means to wake the task."""
+    """Holds the outcomes that Ray's threads bring to one task, and wakes the task."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -101,7 +104,7 @@ class _Inbox:
         """Wake the task, from any thread."""
         if not self._is_waking:
             self._is_waking = True
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody waits any more
                 self._loop.call_soon_threadsafe(self._wake)
 
     def _wake(self) -> None:
@@ -111,7 +114,7 @@ class _Inbox:
             self._sleeper.set_result(None)
 
     async def sleep(self, until: float) -> None:
-        """Sleep until somebody wakes the task, or until that time (monotonic)."""
+        """Sleep until somebody wakes the task, or until the time `until` (monotonic)."""
         if not self._was_woken:
             self._sleeper = self._loop.create_future()
             pause_s = until - time.monotonic()
@@ -142,7 +145,7 @@ async def wait_on_loop(
 ) -> dict[Awaited, Any]:
     """Wait for all of `awaited`, and return their values.
 
-    Call `deliver`, which must not block, before each sleep. Work that may block is done in `lane`.
+    This calls `deliver`, which must not block, before each sleep. `lane` does the work that may block.
     """
     inbox, turn = _Inbox(), pace()
     fresh: collections.deque[ObjectRef[Any]] = collections.deque()
@@ -165,7 +168,7 @@ async def wait_on_loop(
                     await _take_all(wait, inbox, turn)
                 case Submit(calls):
                     wait.submitted(await lane.run(functools.partial(submit, calls, now)) or {})
-                case Step.LOOK_AT_ALL:  # Ray's threads may not have come yet
+                case Step.LOOK_AT_ALL:  # Ray's threads may not have brought every outcome yet
                     await _take(wait, await lane.run(functools.partial(complete, list(wait.watched))) or [], turn)
                     wait.looked_at_all(now)
                 case Step.ASK_STAGES:
@@ -175,7 +178,7 @@ async def wait_on_loop(
                     try:
                         raise failure
                     finally:
-                        del failure  # else the exception, by its traceback, keeps all of this alive
+                        del failure  # else the exception's traceback keeps this frame alive
                 case Step.DONE:
                     return wait.values
     finally:
@@ -187,7 +190,7 @@ async def wait_on_loop(
 
 
 async def _take_all(wait: Wait, inbox: _Inbox, turn: Pace) -> None:
-    if len(wait.watched) > TOGETHER_FROM:  # outcomes that come in quick succession are looked at together
+    if len(wait.watched) > TOGETHER_FROM:  # one look then takes in many outcomes that come in quick succession
         await asyncio.sleep(together_s(len(wait.watched)))
     for ref in inbox.again():
         await turn()

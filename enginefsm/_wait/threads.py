@@ -1,4 +1,4 @@
-"""The driver of a wait in a thread, which stands still meanwhile: behind `EngineMonitor.get`."""
+"""The driver of a wait in a thread, for `EngineMonitor.get`. The thread is blocked meanwhile."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ray import ObjectRef
 from enginefsm._calls.calls import Awaited
 from enginefsm._wait.wait import Raise, Raised, Sleep, Step, Submit, Wait, submit
 
-TOGETHER_S = 2e-5  # a reference
+TOGETHER_S = 2e-5  # for each reference
 MOST_TOGETHER_S = 0.05
 LOOK_S = 1.0
-"""How long a thread sleeps at most. Nothing wakes it if another thread gives an engine up, or if Ray is shut down."""
+"""How long a thread sleeps at most. Nothing wakes it if another thread gives an engine up or Ray is shut down."""
 
 Outcomes = list[tuple[ObjectRef[Any], Any]]
 
@@ -23,7 +23,7 @@ Outcomes = list[tuple[ObjectRef[Any], Any]]
 def wait_blocking(
     wait: Wait, awaited: Iterable[Awaited], deliver: Callable[[], None], ask_stages: Callable[[], None]
 ) -> dict[Awaited, Any]:
-    """Wait for all of `awaited`, and return their values. Call `deliver` before each sleep."""
+    """Wait for all of `awaited`, and return their values. This calls `deliver` before each sleep."""
     busy = True  # whether the last look found something
     try:
         for one in awaited:
@@ -49,7 +49,7 @@ def wait_blocking(
                     try:
                         raise failure
                     finally:
-                        del failure  # else the exception, by its traceback, keeps all of this alive
+                        del failure  # else the exception's traceback keeps this frame alive
                 case Step.DONE:
                     return wait.values
     finally:
@@ -65,14 +65,17 @@ def _take(wait: Wait, outcomes: Outcomes) -> None:
 def together_s(references: int) -> float:
     """Return how long to wait for more outcomes once some have come.
 
-    A look at many references costs about a microsecond each, so outcomes that come in quick succession are looked at
-    together. A failure waits no longer than `MOST_TOGETHER_S` for that.
+    A look costs about a microsecond for each reference, so one look takes in many outcomes that come in quick
+    succession. No failure waits longer than `MOST_TOGETHER_S` for that.
     """
     return min(references * TOGETHER_S, MOST_TOGETHER_S)
 
 
 def ready(refs: list[ObjectRef[Any]], until: float, *, busy: bool) -> Outcomes:
-    """Return the references that have an outcome, with it: a value, or an exception in a `Raised`."""
+    """Return the references that have an outcome, each with its outcome: a value, or an exception in a `Raised`.
+
+    If `busy`, wait for all of them for `together_s` at most. If none came, wait for one until `until` (monotonic).
+    """
     pause_s = max(0.0, until - time.monotonic())
     if not refs:
         time.sleep(pause_s)
@@ -82,17 +85,17 @@ def ready(refs: list[ObjectRef[Any]], until: float, *, busy: bool) -> Outcomes:
         found = ray.wait(refs, num_returns=1, timeout=pause_s)[0]
     try:
         return list(zip(found, ray.get(found), strict=True)) if found else []
-    except Exception:  # noqa: BLE001  one of them failed: each one says which
+    except Exception:  # noqa: BLE001  at least one of them failed, so each is read alone
         return [(ref, _outcome(ref)) for ref in found]
 
 
 def complete(refs: Iterable[ObjectRef[Any]]) -> Outcomes:
-    """Return every reference that has an outcome by now, with it."""
+    """Return every reference that has an outcome by now, each with its outcome."""
     return ready(list(refs), -float("inf"), busy=True)
 
 
 def _outcome(ref: ObjectRef[Any]) -> Any:
     try:
         return ray.get(ref)
-    except Exception as exception:  # noqa: BLE001  what the reference holds is its outcome; classify() sorts it
+    except Exception as exception:  # noqa: BLE001  the exception is the reference's outcome, and classify() sorts it
         return Raised(exception)

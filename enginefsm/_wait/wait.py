@@ -1,11 +1,11 @@
-"""One wait for calls: it is told what Ray says, and asked what to do next.
+"""One wait for calls. It takes in the outcomes that Ray gives, and says what to do next.
 
-`Wait` neither sleeps nor calls Ray. A driver asks `next` what to do, does it, and feeds back what came of it:
-`threads` for `EngineMonitor.get`, `loops` for `EngineMonitor.gather`.
+`Wait` neither sleeps nor calls Ray. A driver asks `next` what to do, does it, and reports the result. The driver of
+`EngineMonitor.get` is `threads`, and the driver of `EngineMonitor.gather` is `loops`.
 
-1. The driver hands each call to `take_up`. The references that are out are in `watched`.
-2. It does what `next` says, and feeds outcomes to `take`, until `next` returns `Step.DONE` or a `Raise`.
-3. It calls `leave`, however the wait ended. Calls and engines keep what outlives a wait.
+1. The driver passes each call to `take_up`. `watched` holds the references that are out.
+2. The driver does what `next` says, and passes outcomes to `take`, until `next` returns `Step.DONE` or a `Raise`.
+3. The driver calls `leave`, however the wait ended. Calls and engines keep the state that outlives a wait.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from enginefsm.policy import RetryPolicy
 
 
 class Raised(NamedTuple):
-    """An exception that a reference holds, told apart from a value that is an exception."""
+    """An exception that a reference raises. A reference may also return an exception as its value."""
 
     exception: Exception
 
 
 class Submit(NamedTuple):
-    """Submit these calls again, with `submit`, and report with `submitted`."""
+    """Submit these calls again with `submit`, and report the result to `submitted`."""
 
     calls: Sequence[Awaited]
 
@@ -49,34 +49,35 @@ class Sleep(NamedTuple):
 
 
 class Raise(NamedTuple):
-    """Raise this."""
+    """Raise this exception."""
 
     failure: Exception
 
 
 class Step(Enum):
-    """What to do next, where that needs no more words."""
+    """A next step that needs no data."""
 
     LOOK_AT_ALL = auto()
-    """A bound has passed: take in every outcome that is there, then call `looked_at_all`. So nothing counts as late
-    only because nobody had looked at it."""
+    """A bound has passed. Take in every outcome that is there, then call `looked_at_all`.
+
+    Without this, a call could count as late only because nobody had looked at its outcome."""
     ASK_STAGES = auto()
-    """Ask Ray how far launches are, because a message will say so, then call `asked_stages`."""
+    """Ask Ray how far launches are, then call `asked_stages`. An exception's message will tell the stages."""
     DONE = auto()
-    """All calls have ended: `values` holds what they returned."""
+    """All calls have ended. `values` holds their values."""
 
 
 class Wait:
-    """What follows from outcomes: each failure to its engine, each call to its end, the first failure raised.
+    """Decides what follows from outcomes. It tells engines of outcomes, ends calls, and has the first failure raised.
 
-    Used by one driver at a time. Times are monotonic; the driver reads the clock.
+    One driver uses it at a time. Times are monotonic, and the driver reads the clock.
 
     Args:
         policy: The bounds.
         fleet: Returns all engines of the monitor, for the message of a launch deadline.
         emit: Takes events. It must not block.
-        timeout_s: How long the wait may take.
-        now: When it begins.
+        timeout_s: How many seconds the wait may take. None sets no limit.
+        now: When the wait begins.
     """
 
     def __init__(
@@ -93,18 +94,18 @@ class Wait:
         self._timeout_s = timeout_s
         self._give_up_at = math.inf if timeout_s is None else now + timeout_s
         self.values: dict[Awaited, Any] = {}
-        """What the calls returned that have ended."""
+        """The values of the calls that have ended."""
         self.open: dict[Awaited, ManagedEngine] = {}
         """The calls that have not ended, and their engines."""
         self.engines: set[ManagedEngine] = set()
         """The engines of all calls."""
         self.watched: dict[ObjectRef[Any], list[Awaited]] = {}
-        """The references that are out, and whose they are."""
+        """The references that are out, with the calls that each belongs to."""
         self.expect: Callable[[ObjectRef[Any]], None] = lambda _: None
-        """Told of each reference that is watched from now on."""
-        self._resting: dict[Awaited, None] = {}  # of this wait; their engine's queue says when they go out
+        """Called with each reference that the wait begins to watch."""
+        self._resting: dict[Awaited, None] = {}  # this wait's; their engines' queues say when they are submitted
         self._failure: Exception | None = None
-        self._looked_at = self._asked_at = -math.inf  # when everything was looked at, and when stages were asked for
+        self._looked_at = self._asked_at = -math.inf  # when it looked at all, and asked for stages
         self._session = this_process.session()
 
     def take_up(self, one: Awaited) -> None:
@@ -120,7 +121,7 @@ class Wait:
             self._watch(one)
 
     def leave(self) -> None:
-        """End the wait, whatever has not ended."""
+        """End the wait, even if calls have not ended."""
         for one in self.open:
             one.leave()
 
@@ -133,12 +134,12 @@ class Wait:
         if failure is None and self.open:
             failure = self._session_ended() or self._given_up()
         if failure is not None:
-            self._failure = None  # so that the exception's traceback and this object do not keep each other alive
+            self._failure = None  # else the exception's traceback and this object keep each other alive
             return Raise(failure)
         if not self.open:
             return Step.DONE
         if any(one.resubmit_at <= now for one in self._resting):
-            # With all that rest of the same engines, whoever waits for them, so that they keep their order.
+            # Calls of other waits on the same engines go out too, so that the calls keep their order.
             return Submit([call for engine in dict.fromkeys(map(engine_of, self._resting)) for call in engine.due(now)])
         return self._check_bounds(now)
 
@@ -163,7 +164,7 @@ class Wait:
         return Sleep(min([*upcoming, *(one.resubmit_at for one in self._resting)], default=math.inf))
 
     def looked_at_all(self, began_at: float) -> None:
-        """Note that every outcome has been taken in that was there at `began_at`."""
+        """Note that the wait has taken in every outcome that was there at `began_at`."""
         self._looked_at = began_at
 
     def asked_stages(self, began_at: float) -> None:
@@ -171,16 +172,16 @@ class Wait:
         self._asked_at = began_at
 
     def submitted(self, refused: Mapping[Awaited, Exception]) -> None:
-        """Take in which calls Ray refused to submit. Those that went out are watched by the next `next`."""
+        """Take in which calls Ray refused to submit. The next call of `next` watches those that went out."""
         for one, error in refused.items():
-            # If it is another wait's call, that wait submits it too, and raises.
+            # If the call is another wait's, that wait also submits it, and raises the exception.
             if one in self.open and self._failure is None:
                 self._failure = failures.noted(one, error) if isinstance(error, RayError) else error
 
     def take(self, ref: ObjectRef[Any], outcome: Any, now: float) -> None:
         """Take in the outcome of a watched reference: a value, or an exception in a `Raised`.
 
-        An outcome that comes a second time changes nothing.
+        A repeated outcome changes nothing.
         """
         for one in self.watched.pop(ref, ()):
             with one.lock:
@@ -240,7 +241,10 @@ class Wait:
         return failures.noted(one, exception)
 
     def _not_launched_yet(self, one: Awaited, now: float) -> None:
-        """The check answers that the launch has not ended. A deadline bounds that, and the budget does not."""
+        """Take in a check that says that the launch has not ended.
+
+        The launch deadline bounds these checks. The budget does not.
+        """
         self._observe(one, Outcome.SUCCEEDED, "the launch has not ended", now, launches=False)
         one.settle(answered=True)
         self.open[one].ask_again(one, now + self._policy.pause_s(one.attempt))
@@ -248,7 +252,7 @@ class Wait:
 
     def _observe(self, one: Awaited, outcome: Outcome, detail: str, now: float, launches: bool | None = None) -> None:
         if one.attempt == one.reported:
-            return  # an earlier wait, or another thread, took it in: it says nothing new
+            return  # an earlier wait or another thread took this outcome in already
         one.reported = one.attempt
         engine = self.open[one]
         engine.observe(
@@ -273,11 +277,14 @@ class Wait:
         one.settle(answered=True)
 
     def _session_ended(self) -> Exception | None:
-        """Raise if Ray was shut down: it says nothing of calls that were out, and a call would start it anew."""
+        """Return the exception for a shutdown of Ray, if Ray was shut down.
+
+        Ray reports nothing about the calls that were out, and another call would start Ray again.
+        """
         return None if this_process.session() is self._session else failures.session_ended(next(iter(self.open)))
 
     def _given_up(self) -> Exception | None:
-        """Raise the verdict on an engine that any thread gave up while a call from before the verdict was out."""
+        """Return the exception for an engine that some thread gave up after one of the open calls was made."""
         engines = {engine for engine in self.engines if engine.reason in GIVEN_UP}
         for one, engine in self.open.items() if engines else ():
             if engine in engines and one.made_at <= engine.given_up_at():
@@ -285,7 +292,7 @@ class Wait:
         return None
 
     def _launch_deadlines(self) -> dict[ManagedEngine, float]:
-        """The engines whose launch is awaited here and has not succeeded, and until when it may take."""
+        """Return the engines whose launch is awaited here and has not succeeded, each with its deadline."""
         after_s = self._policy.launch_deadline_s
         if after_s is None:
             return {}
@@ -293,11 +300,11 @@ class Wait:
         return {engine: engine.adopted_at + after_s for engine in launching}
 
     def _launch_deadline(self, late: Iterable[ManagedEngine]) -> Exception | None:
-        """Give up engines whose launch is late. Return None if all of them turn out to have launched."""
+        """Give up engines whose launch is late, and return the exception. Return None if all of them have launched."""
         detail = f"launch_deadline_s={self._policy.launch_deadline_s:g} has passed"
         for engine in late:
             engine.give_up_launch(detail)
-        late = [engine for engine in late if not engine.has_launched]  # another thread may have heard that it did
+        late = [engine for engine in late if not engine.has_launched]  # another thread may have taken in the launch
         if not late:
             return None
         others = [engine for engine in self._fleet() if engine.is_launching]
@@ -305,11 +312,11 @@ class Wait:
 
 
 def submit(calls: Iterable[Awaited], now: float) -> dict[Awaited, Exception]:
-    """Submit calls again, and return those that were refused. This calls Ray, so event loops do it on a thread."""
+    """Submit calls again, and return those that Ray refused. This calls Ray, so event loops run it on a thread."""
     refused: dict[Awaited, Exception] = {}
     for one in calls:
         try:
             one.resubmit(now)
-        except Exception as error:  # noqa: BLE001  it is raised by the wait whose call it is
+        except Exception as error:  # noqa: BLE001  the wait that the call belongs to raises it
             refused[one] = error
     return refused

@@ -1,6 +1,6 @@
-"""Exporters: what carries a monitor's metrics and events to where they outlive it.
+"""Exporters carry a monitor's metrics and events to places that outlive the monitor.
 
-An exporter is given to `EngineMonitor(export=...)` or `enginefsm.configure(export=...)`, or named by the environment:
+Pass exporters to `EngineMonitor(export=...)` or `enginefsm.configure(export=...)`, or name them in the environment:
 
     ENGINEFSM_EXPORT=hub,textfile:/var/lib/node_exporter/enginefsm.prom,jsonl:/logs/events.jsonl
 
@@ -8,10 +8,10 @@ An exporter is given to `EngineMonitor(export=...)` or `enginefsm.configure(expo
     textfile:PATH           a file for node_exporter
     push:URL                a Prometheus Pushgateway
     jsonl:PATH              a log of events (the format: `enginefsm.export.jsonl`)
-    http:[ADDR:]PORT        an HTTP server in this process, on loopback unless ADDR says otherwise
-    none                    nothing
+    http:[ADDR:]PORT        an HTTP server in this process; ADDR is 127.0.0.1 by default
+    none                    no exporter
 
-`%p` in a path stands for the process id.
+In a path, `%p` stands for the process id.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ _KINDS = "hub, textfile:PATH, push:URL, jsonl:PATH, http:[ADDR:]PORT, or none"
 
 
 def from_environment(environ: Mapping[str, str] = os.environ) -> list[Exporter]:
-    """Give the exporters that `ENGINEFSM_EXPORT` names; the hub alone when it is not set, or empty.
+    """Return the exporters that `ENGINEFSM_EXPORT` names. If it is unset or empty, return the hub alone.
 
-    Raises ValueError when it, or a variable of the hub's, cannot be understood.
+    Raises ValueError if this variable, or one of the hub's, cannot be understood.
     """
     text = environ.get(VARIABLE, "").strip() or "hub"
     if text == "none":

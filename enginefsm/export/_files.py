@@ -1,4 +1,4 @@
-"""Files that others read while they are written."""
+"""Writes files that other programs may read at the same time."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Put `content` at `path`, readable by all; a reader sees the old content or the new, never a part.
+    """Write `content` to `path`, readable by all. A reader sees the old content or the new, never a part.
 
-    Raises OSError when it cannot be written.
+    Raises OSError if the file cannot be written.
     """
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:

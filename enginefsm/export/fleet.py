@@ -1,47 +1,50 @@
-"""What the hub knows: the engines and counts of every monitor that it hears of, as metrics text and as JSON.
+"""The hub's table: the engines and counts of every monitor that reports to it, as metrics text and as JSON.
 
-No Ray, no threads of its own, no sockets. The last write of a manager (a monitor, by its id) wins, by the sequence
-number that it gave: a report that comes twice, or late, changes nothing.
+This module uses no Ray, starts no threads and opens no sockets. A manager is a monitor, known by its id. A manager
+numbers its reports, and the report with the highest number wins. A report that comes twice or late changes nothing.
 
-Metrics text. The metrics are those of `enginefsm.metrics`, by the same names and labels.
-    Counters and histograms of several managers of a run add up.
-    Where several managers of a run have an engine of one name and group, the one that moved last is shown.
-    A manager that ended, or was silent for `SILENT_S`, gives way to its successor: the engines of its groups are
-    not shown any more once a manager of the same run that was first heard of after its last word has engines of them.
-    The heartbeat of a run is the newest of its managers that neither ended nor have a successor, if there are such.
-    The run's end is 0 until all without a successor have ended. One manager that vanishes among many is seen by its
-    `state` in the JSON. Ray kills the actors of a job that ends: a manager in an actor that falls silent once its job
-    has ended is taken for stopped.
+Metrics text. The metrics have the names and labels of `enginefsm.metrics`.
+    The hub adds up the counters and histograms of all managers of a run.
+    If several managers of a run have an engine of one name and group, the hub shows the engine that moved last.
+    A group is a run, a model and a worker type. A manager has ended if it stopped or was silent for `SILENT_S`.
+    The successor of a manager that ended is a manager of the same run whose first report came after the other's last.
+    When a successor has engines of a group, the hub no longer shows the earlier manager's engines of that group.
+    The heartbeat of a run is the newest among its managers that have not stopped and have no successor. If there are
+    none, it is the newest among those without a successor.
+    The run's end is 0 until all managers without a successor have stopped. If one manager of many vanishes, its `state`
+    in the JSON shows that.
+    Ray kills the actors of a job that ends. So if a manager in an actor falls silent and its job has ended, the hub
+    counts the manager as stopped.
 
-JSON, `GET /api/v1/fleet`, of one run with `?run=NAME`. All times are seconds; `..._s` that are points in time are
-since the epoch. Fields are added over time, and not taken away under the same `version`.
+JSON. `GET /api/v1/fleet` returns all runs, and `?run=NAME` selects one. All times are in seconds, and points in time
+are seconds since the epoch. Later releases may add fields. They remove none under the same `version`.
     {"version": 1,
      "now_s": 1763830000.0,
-     "hub": {"address": "http://127.0.0.1:9400" or null while it cannot listen, "problem": null or why it cannot,
+     "hub": {"address": "http://127.0.0.1:9400" or null while it cannot listen, "problem": null or why it cannot serve,
              "started_s": ..., "pid": 1, "node_ip": "...", "linger_s": 1800.0, "enginefsm": "0.1.0",
-             "file_sd": "/tmp/ray/..." or "" if it writes none},
+             "file_sd": "/tmp/ray/..." or "" if the hub writes none},
      "runs": [                          # by name
        {"run": "glm-rl",
-        "state": "alive" | "silent" | "stopped",                             # silent: a manager of it is
+        "state": "alive" | "silent" | "stopped",                             # silent: one of its managers is
         "heartbeat_s": ..., "stopped_s": null or ...,
         "phases": {"glm-4.6": "in_progress" | "succeeded" | "failed"},      # by model
         "counts": {"launching": 0, "ready": 7, "unavailable": 0, "dead": 1},
-        "managers": [                   # in the order in which the hub heard of them
+        "managers": [                   # in the order of their first reports
           {"manager": "9f0c...", "host": "node-1", "pid": 4242, "version": "0.1.0", "ray_version": "2.60.0",
            "started_s": ..., "heartbeat_s": ..., "heard_s_ago": 1.2, "stopped_s": null or ...,
-           "state": "alive" | "silent" | "stopped" | "replaced",            # replaced: has a successor
+           "state": "alive" | "silent" | "stopped" | "replaced",            # replaced: it has a successor
            "python": "3.11.7",
-           "silent_link_s": 20.0,       # within how long its Ray notices that a link is silent (see keepalive)
+           "silent_link_s": 20.0,       # how soon its Ray notices a silent link (see keepalive)
            "engines": 8}],
         "engines": [                    # by name
           {"engine": "default/regular/0", "model": "glm-4.6", "worker_type": "regular", "node": "node-1",
-           "labels": {...},             # all of those given to adopt()
+           "labels": {...},             # all labels that adopt() was given
            "state": "unavailable", "reason": "actor_unavailable", "since_s": ..., "in_state_s": 12.3,
-           "spent_s": {"launching": 63.2, "ready": 511.0},                  # in states that it has left
+           "spent_s": {"launching": 63.2, "ready": 511.0},                  # in the states that it left
            "incarnation": 2, "actor_id": "...", "ever_ready": true, "manager": "9f0c...",
-           "max_task_retries": 0,       # of the actor: how often Ray itself repeats a method that was cut off
-           "stage": null or how far its launch is, "waiting for resources" say (see `LaunchStage`),
-           "past": [                    # its earlier incarnations, oldest first, the newest 16
+           "max_task_retries": 0,       # the actor's: how often Ray itself repeats a method that was cut off
+           "stage": null or how far its launch is, as "waiting for resources" (see `LaunchStage`),
+           "past": [                    # its earlier incarnations, at most the newest 16, oldest first
              {"incarnation": 1, "actor_id": "...", "reason": "actor_died", "adopted_s": ..., "ready_s": null or ...,
               "dead_s": ...}]}]}]}
 """
@@ -73,18 +76,18 @@ from enginefsm.metrics.collector import (
 
 PROTOCOL = 1
 SILENT_S = 15.0
-"""A manager not heard of for so long is silent: three heartbeats."""
+"""A manager that sent no report for so long is silent. This is three heartbeats."""
 
 Labels = tuple[tuple[str, str], ...]
 Counts = list[tuple[str, str, str, list[tuple[str, Labels, float]]]]
-"""Families: name, help, type, and their samples."""
+"""Metric families: each has a name, a help text, a type and samples."""
 Key = tuple[str, str, str, str]
-"""run, model, worker_type, engine"""
+"""The run, model, worker_type and engine."""
 Group = tuple[str, str, str]
 
 
 class Row(TypedDict):
-    """One engine, as reported."""
+    """One engine in a report."""
 
     engine: str
     labels: dict[str, str]
@@ -101,24 +104,26 @@ class Row(TypedDict):
 
 
 class Report(TypedDict, total=False):
-    """What a manager sends. Plain values only: the hub may run another version of this library."""
+    """A manager's report. It has plain values only, because the hub may run another version of enginefsm."""
 
     protocol: Required[int]
     run: Required[str]
     manager: Required[str]
     seq: Required[int]
     full: Required[bool]
-    """Whether `rows` are all of the manager's engines; otherwise they are those that changed."""
+    """Whether `rows` holds all of the manager's engines. If not, it holds those that changed."""
     rows: Required[list[Row]]
     gone: Required[list[str]]
-    """Engines that are no longer there."""
+    """The names of engines that the manager no longer has."""
     counts: Required[Counts]
     held: dict[str, int]
-    """How many verdicts of the health monitor are held, by why."""
+    """How many verdicts of the health monitor are held, by the reason for which they are held."""
     job: Required[str]
-    """The Ray job in whose actor the manager is, as whose driver ends it is killed; "" where it is a driver's own."""
+    """The Ray job of the actor that the manager runs in. Ray kills the actor when that job's driver ends.
+
+    "" if the manager runs in a driver."""
     actor: str
-    """The id (hex) of the actor that the manager is in; "" if it is a driver's own."""
+    """The id (hex) of the actor that the manager runs in; "" if the manager runs in a driver."""
     started_s: Required[float]
     heartbeat_s: Required[float]
     stopped_s: Required[float]
@@ -131,16 +136,16 @@ class Report(TypedDict, total=False):
 
 
 class Answer(TypedDict):
-    """What the hub says to a report."""
+    """The hub's answer to a report."""
 
     known: bool
-    """False when it wants everything: it does not know the manager."""
+    """Whether the hub took the report. If it does not know the manager, it needs a full report first."""
     problem: str | None
-    """What keeps the hub from serving what it has."""
+    """Why the hub cannot serve what it has; None if it can."""
 
 
 def row(snapshot: EngineSnapshot) -> Row:
-    """The row of one engine."""
+    """Return the row of one engine."""
     return {
         "engine": snapshot.engine,
         "labels": dict(snapshot.labels),
@@ -157,7 +162,7 @@ def row(snapshot: EngineSnapshot) -> Row:
 
 
 def counts(metrics: Iterable[Metric]) -> Counts:
-    """Counters and histograms as plain values."""
+    """Return counters and histograms as plain values."""
     return [
         (
             metric.name, metric.documentation, metric.type,
@@ -168,22 +173,27 @@ def counts(metrics: Iterable[Metric]) -> Counts:
 
 
 class FleetTable:
-    """The fleet, of all managers. Thread-safe. `clock` is monotonic, `wall` tells seconds since the epoch."""
+    """The engines of all managers. Thread-safe.
+
+    Args:
+        clock: Returns the monotonic time.
+        wall: Returns the seconds since the epoch.
+    """
 
     def __init__(self, clock: Callable[[], float], wall: Callable[[], float]) -> None:
         self._clock = clock
         self._wall = wall
-        self._lock = threading.Lock()  # around all of the below
+        self._lock = threading.Lock()  # guards all fields below
         self._managers: dict[str, _Manager] = {}
-        self._bygone: dict[str, tuple[str, Counts]] = {}  # run and counts of managers that are forgotten
+        self._bygone: dict[str, tuple[str, Counts]] = {}  # the run and counts of managers that were forgotten
         self._heard_at = clock()
-        self._revision = 0  # of the engines
+        self._revision = 0  # of the engines: it grows when one of them changes
         self._text: tuple[object, str] = (None, "")
 
     def accept(self, report: Report) -> bool:
-        """Take a report in; False when it cannot be, for want of what came before it.
+        """Take in a report. Return False if it is not a full report and its manager is unknown.
 
-        Raises ValueError when the report is of another protocol.
+        Raises ValueError if the report has another protocol.
         """
         if report["protocol"] != PROTOCOL:
             raise ValueError(
@@ -207,7 +217,7 @@ class FleetTable:
             return True
 
     def silent_for_s(self) -> float:
-        """How long ago the last report came, of any manager; since the table was made, if none came."""
+        """Return the seconds since the last report of any manager, or since the table was made if none came."""
         with self._lock:
             return self._clock() - self._heard_at
 
@@ -243,7 +253,7 @@ class FleetTable:
         return [one for one in self._managers.values() if not one.report["stopped_s"] and self._has_ended(one)]
 
     def forget(self, after_s: float) -> None:
-        """Forget managers that have not been heard of for so long. What they counted stays while their run goes on."""
+        """Forget managers that sent no report for `after_s`. Keep their counts while their run goes on."""
         with self._lock:
             old = [one for one in self._managers.values() if self._clock() - one.heard_at >= after_s]
             for manager in old:
@@ -255,7 +265,7 @@ class FleetTable:
                 self._bygone = {id_: (run, of) for id_, (run, of) in self._bygone.items() if run in going_on}
 
     def text(self) -> bytes:
-        """Everything, in Prometheus's text format."""
+        """Return everything in Prometheus's text format."""
         with self._lock:
             by_run = self._by_run()
             counted = [manager.report["counts"] for manager in self._managers.values()]
@@ -270,7 +280,7 @@ class FleetTable:
         return metrics + self._text[1].encode()
 
     def as_json(self, run: str | None = None) -> dict[str, Any]:
-        """Everything but the counts, as the module says; of one run, if it is named."""
+        """Return everything but the counts, as the module's docstring says. If `run` is given, select that run."""
         with self._lock:
             by_run = {name: of for name, of in self._by_run().items() if run in (None, name)}
             entries = collections.defaultdict(list)
@@ -289,7 +299,7 @@ class FleetTable:
         return bool(manager.report["stopped_s"]) or self._clock() - manager.heard_at >= SILENT_S
 
     def _given_way(self, by_run: Mapping[str, list[_Manager]]) -> frozenset[tuple[str, Group]]:
-        """The groups of managers that a successor has taken over."""
+        """Return the groups that a successor took over, each with the id of the earlier manager."""
         return frozenset(
             (manager.id, group)
             for managers in by_run.values()
@@ -300,7 +310,7 @@ class FleetTable:
         )
 
     def _shown(self, given_way: frozenset[tuple[str, Group]]) -> Iterator[tuple[_Manager, _Entry]]:
-        """The engines that count."""
+        """Return the engines to show: one for each key."""
         newest: dict[Key, tuple[_Manager, _Entry]] = {}
         for manager in self._managers.values():
             for entry in manager.entries.values():
@@ -312,7 +322,7 @@ class FleetTable:
         return iter(newest.values())
 
     def _current(self, managers: list[_Manager]) -> list[_Manager]:
-        """The managers of a run that have no successor."""
+        """Return the managers that have no successor."""
         return [
             manager
             for manager in managers
@@ -320,7 +330,7 @@ class FleetTable:
         ]
 
     def _run_times(self, managers: list[_Manager]) -> tuple[float, float]:
-        """The heartbeat and the end of a run."""
+        """Return the heartbeat and the end of a run. The end is 0 while the run goes on."""
         current = self._current(managers)
         going = [manager.report["heartbeat_s"] for manager in current if not manager.report["stopped_s"]]
         if going:
@@ -347,7 +357,7 @@ class FleetTable:
         return [*gauges, held_gauge(held)]
 
     def _held(self, managers: list[_Manager]) -> dict[str, int]:
-        """What the managers that are there hold; those that ended hold nothing any more."""
+        """Return how many verdicts are held, by reason. Managers that ended hold none."""
         held = collections.Counter[str]()
         for manager in managers:
             if not self._has_ended(manager):
@@ -383,7 +393,7 @@ class FleetTable:
         return {
             "manager": manager.id,
             **{key: report[key] for key in ("host", "pid", "version", "ray_version", "started_s", "heartbeat_s")},
-            "python": report.get("python"),  # a manager of another version may not tell
+            "python": report.get("python"),  # a manager of another version may not report it
             "silent_link_s": report.get("silent_link_s"),
             "heard_s_ago": self._clock() - manager.heard_at,
             "stopped_s": report["stopped_s"] or None,
@@ -402,11 +412,11 @@ class _Manager:
         self.groups: set[Group] = set()
 
     def follows(self, other: _Manager) -> bool:
-        """Whether this one was first heard of after the other's last word."""
+        """Return whether the first report of this manager came after the last of `other`."""
         return self is not other and self.first_heard_at >= other.heard_at
 
     def update(self, report: Report, entries: list[_Entry]) -> bool:
-        """Take in a newer report; says whether any engine changed."""
+        """Take in a newer report. Return whether any engine changed."""
         changed = bool(entries or report["gone"] or report["full"])
         if report["full"]:
             self.entries.clear()
@@ -416,19 +426,19 @@ class _Manager:
             self.entries[entry.row["engine"]] = entry
         if changed:
             self.groups = {entry.group for entry in self.entries.values()}
-        self.report = {**report, "rows": []}  # they are in the entries
+        self.report = {**report, "rows": []}  # `entries` has them
         return changed
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Entry:
-    """One engine of one manager, its lines of metrics ready made."""
+    """One engine of one manager, with its lines of metrics text."""
 
     key: Key
     group: Group
     row: Row
     lines: tuple[str, str, str, str, str]
-    """Of each family of `PER_ENGINE`."""
+    """The text for each family of `PER_ENGINE`, in that order."""
 
     @property
     def state(self) -> EngineState:
@@ -465,7 +475,7 @@ class _Entry:
 
 
 class _Families(Collector):
-    """Metrics as `generate_latest` takes them."""
+    """Wraps metrics so that `generate_latest` accepts them."""
 
     def __init__(self, metrics: Iterable[Metric]) -> None:
         self._metrics = metrics
@@ -494,7 +504,7 @@ def _engines_text(shown: list[tuple[_Manager, _Entry]]) -> str:
 
 
 def _total(several: list[Counts]) -> Counts:
-    """The sum of counters and histograms, sample by sample."""
+    """Return the sum of counters and histograms, sample by sample."""
     if len(several) == 1:
         return several[0]
     families: dict[str, tuple[str, str]] = {}
@@ -536,6 +546,6 @@ def _engine_json(manager: _Manager, entry: _Entry, now_s: float) -> dict[str, An
         "ever_ready": row["ever_ready"],
         "manager": manager.id,
         "max_task_retries": row.get("max_task_retries"),
-        "stage": row.get("stage"),  # a manager of another version may not tell
+        "stage": row.get("stage"),  # a manager of another version may not report it
         "past": row.get("past", []),
     }

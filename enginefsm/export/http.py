@@ -1,4 +1,4 @@
-"""The monitor's metrics, served by its own process."""
+"""Serves the monitor's metrics from the monitor's own process."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from enginefsm.metrics.collector import MetricsServer
 
 
 class Http:
-    """Serves the monitor's metrics at `http://addr:port/metrics`, for as long as the process lives.
+    """Serves the monitor's metrics at `http://addr:port/metrics` while the process lives.
 
-    Prometheus sees the end of a failed bringup only if it happens to scrape before the process is gone: for that there
-    are the hub, the push gateway and the textfile. An address that is in use is tried again.
+    Prometheus sees the end of a failed bringup only if it scrapes before the process ends. The hub, the push gateway
+    and the textfile keep the metrics longer. If the address is in use, the exporter tries again.
     """
 
     sink = "http"
@@ -24,11 +24,11 @@ class Http:
 
     @property
     def port(self) -> int | None:
-        """The port that it serves on; None while it does not."""
+        """The port that it serves on, or None while it does not serve."""
         return None if self._server is None else self._server.port
 
-    def send(self, fleet: Fleet, batch: Batch) -> None:  # noqa: ARG002  what is served is asked of the metrics
-        """Begin to serve; raises OSError when the address cannot be bound."""
+    def send(self, fleet: Fleet, batch: Batch) -> None:  # noqa: ARG002  the server reads the metrics itself
+        """Begin to serve. Raise OSError if the address cannot be bound."""
         if self._server is None:
             self._server = fleet.metrics.serve(self._port, self._addr)
 

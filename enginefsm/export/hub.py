@@ -1,14 +1,15 @@
-"""The hub: a detached, named Ray actor that outlives the bringups whose metrics it serves; and its exporter.
+"""The hub and its exporter. The hub is a detached, named Ray actor, and outlives the bringups whose metrics it serves.
 
-It serves, over HTTP and by GET only:
-    /metrics        what `enginefsm.export.fleet` says, in Prometheus's text format
-    /api/v1/fleet   the same without counts, as JSON; one run with ?run=NAME
-    /-/healthy      200, a line of text
+The hub answers these GET requests over HTTP:
+    /metrics        the metrics of `enginefsm.export.fleet`, in Prometheus's text format
+    /api/v1/fleet   the same without counts, as JSON; ?run=NAME selects one run
+    /-/healthy      status 200 and a line of text
 
-Compressed, where it is asked for `Accept-Encoding: gzip`, as Prometheus asks: to about a twentieth.
+If the client sends `Accept-Encoding: gzip`, as Prometheus does, the hub compresses its answer to about a twentieth.
 
-One hub per cluster and namespace, on the head node where that can be had: started by the first batch, started again,
-with all that is known, by the next batch after its death, and gone by itself some time after the last heartbeat.
+Each cluster has one hub per namespace, on the head node if Ray can place it there. The first batch starts the hub. If
+the hub dies, the next batch starts it again, and each monitor sends it everything again. The hub ends itself some time
+after the last heartbeat.
 """
 
 from __future__ import annotations
@@ -54,32 +55,34 @@ NAMESPACE = "enginefsm"
 FILE_SD_NAME = "enginefsm_service_discovery.json"
 SEND_TIMEOUT_S = 1.0
 STAGES_S = 0.3
-"""How long a report waits to be told how far launches are."""
+"""How long a report waits for Ray to say how far launches are."""
 START_TIMEOUT_S = 20.0
-"""How long a hub may take to start before that counts as a failure."""
+"""How long a hub may take to start. A longer start counts as a failure."""
 GCS_ANSWERS_S = 2.0
 BIND_AGAIN_S = 5.0
 IDLE_CONNECTION_S = 120.0
 TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
 COMPRESSED_FROM = 1000
-"""Bytes; what is shorter is sent as it is."""
+"""In bytes. The hub sends a shorter answer uncompressed."""
 COMPRESSION = 1
-"""A higher level takes three times as long for a tenth less."""
+"""The level of gzip. A higher level takes three times as long and saves a tenth more."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HubSettings:
-    """How the hub is started. Where one runs already, its own settings hold."""
+    """The settings with which a hub is started. A hub that runs already keeps its own."""
 
     addr: str = "127.0.0.1"
     """The address that it listens on."""
     port: int = 0
-    """The port; 0 takes a free one."""
+    """The port that it listens on. With 0 it takes a free one."""
     file_sd: str | None = None
-    """The file in which Prometheus finds it (`file_sd_configs`), on the hub's node. None is
-    `enginefsm_service_discovery.json` in Ray's temporary directory, beside Ray's own; "" is no file."""
+    """The file, on the hub's node, in which Prometheus finds the hub (`file_sd_configs`).
+
+    With None it is `enginefsm_service_discovery.json` in Ray's temporary directory, beside Ray's own file. With ""
+    the hub writes no file."""
     linger_s: float = 1800.0
-    """How long after the last heartbeat of any monitor it ends."""
+    """How many seconds after the last heartbeat of any monitor the hub ends."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -89,7 +92,10 @@ class HubSettings:
 
     @staticmethod
     def from_environment(environ: Mapping[str, str] = os.environ) -> HubSettings:
-        """Read `ENGINEFSM_HUB_ADDR`, `_PORT`, `_FILE_SD` and `_LINGER_S`; raises ValueError naming the variable."""
+        """Return the settings from `ENGINEFSM_HUB_ADDR`, `_PORT`, `_FILE_SD` and `_LINGER_S`.
+
+        Raises ValueError for a bad value. The message names the variable.
+        """
         settings: dict[str, Any] = {}
         for field, kind in (("addr", str), ("port", int), ("file_sd", str), ("linger_s", float)):
             variable = f"ENGINEFSM_HUB_{field.upper()}"
@@ -107,11 +113,11 @@ class HubSettings:
 
 
 class Hub:
-    """The exporter to the hub; starts the hub where there is none.
+    """Reports to the hub, and starts it if there is none.
 
     Args:
-        settings: How to start it; by default as the environment says.
-        namespace: The Ray namespace of the hub, for those who want more than one in a cluster.
+        settings: The settings to start the hub with. By default they come from the environment.
+        namespace: The Ray namespace of the hub. A cluster has one hub for each namespace.
     """
 
     sink = "hub"
@@ -124,19 +130,19 @@ class Hub:
         self._hub: ActorHandle[Any] | None = None
         self._unanswered: ObjectRef[Any] | None = None
         self._starting_since: float | None = None
-        self._problem: str | None = None  # of the hub, when it answered last
+        self._problem: str | None = None  # the hub's, by its last answer
         self._host = socket.gethostname()
-        self._stages: _Stages = {}  # as the hub was told
+        self._stages: _Stages = {}  # as last reported to the hub
 
     def send(self, fleet: Fleet, batch: Batch) -> None:
-        """Report to the hub, and wait for its answer, a second at most; raises what kept the answer away."""
+        """Report to the hub and wait for its answer, for a second at most. Raise if no answer came."""
         with _ends.calling_ray():
             self._send(fleet, batch)
 
     def _send(self, fleet: Fleet, batch: Batch) -> None:
-        if not ray.is_initialized():  # Ray would start a cluster of its own
+        if not ray.is_initialized():  # else the call would make Ray start a cluster of its own
             raise ConnectionError("this process is not connected to Ray any more")
-        if self._unanswered is not None:  # one report at a time: a frozen hub is not to be buried in them
+        if self._unanswered is not None:  # one report at a time, so that reports do not pile up in a frozen hub
             self._answer(self._unanswered)
         answer = self._report(fleet, batch, full=batch.seq == 1 or batch.dropped > 0)
         if not answer["known"]:
@@ -149,7 +155,7 @@ class Hub:
                 logger.warning("export to hub: it has what was sent, but %s", problem)
 
     def close(self) -> None:
-        """Let go of the hub, which stays."""
+        """Drop the handle of the hub. The hub goes on."""
         self._hub = self._unanswered = self._starting_since = self._problem = None
         self._stages = {}
 
@@ -157,7 +163,7 @@ class Hub:
         if self._hub is None:
             self._starting_since = time.monotonic()
             self._hub = start(self._settings, self._namespace)
-        if not (batch.terminal or batch.stopped_s):  # those are in a hurry
+        if not (batch.terminal or batch.stopped_s):  # an end is reported without this delay
             fleet.stages.look(STAGES_S, fresh_s=EVERY_S)
         stages = {e.name: (e.incarnation, e.stage) for e in fleet.engines() if e.stage is not None}
         moved_on = (name for name, _ in stages.items() ^ self._stages.items())
@@ -175,7 +181,7 @@ class Hub:
                 raise NotYetError("the hub is starting") from None
             raise TimeoutError(f"the hub has not answered for {SEND_TIMEOUT_S:g} s") from None
         except RayActorError:
-            self._hub = None  # found again, or started again, by the next attempt
+            self._hub = None  # the next attempt finds or starts a hub
             self._unanswered = None
             raise
         except Exception:
@@ -186,11 +192,11 @@ class Hub:
 
 
 _Stages = dict[str, tuple[int, LaunchStage]]
-"""How far launches are: by engine, with its incarnation."""
+"""The incarnation and the launch stage of each launching engine, by name."""
 
 
 def _report(fleet: Fleet, batch: Batch, host: str, moved_on: Iterable[str] | None) -> Report:
-    """Of the engines of the batch's events, and those that have `moved_on`; of all if that is None."""
+    """Return the report on the engines in the batch's events and in `moved_on`. If that is None, report all engines."""
     if moved_on is None:
         engines, gone = fleet.engines(), []
     else:
@@ -228,7 +234,7 @@ def _report(fleet: Fleet, batch: Batch, host: str, moved_on: Iterable[str] | Non
 
 
 def start(settings: HubSettings | None = None, namespace: str = NAMESPACE) -> ActorHandle[Any]:
-    """Give the cluster's hub, started if there is none. Ray must be initialized."""
+    """Return the cluster's hub, and start it if there is none. Ray must be initialized."""
     settings = settings or HubSettings.from_environment()
     head = control_plane.head_node_id()
     actor: Any = ray.remote(HubActor)
@@ -239,7 +245,7 @@ def start(settings: HubSettings | None = None, namespace: str = NAMESPACE) -> Ac
         get_if_exists=True,
         num_cpus=0,
         max_concurrency=16,
-        # Not restarted by Ray: it would come up knowing nothing, and the next batch starts it as well.
+        # A hub that Ray restarted would know nothing, and the next batch starts a new one anyway.
         max_restarts=0,
         scheduling_strategy=NodeAffinitySchedulingStrategy(head, soft=True) if head else None,
     ).remote(dataclasses.asdict(settings))
@@ -247,7 +253,7 @@ def start(settings: HubSettings | None = None, namespace: str = NAMESPACE) -> Ac
 
 
 def find(namespace: str = NAMESPACE) -> ActorHandle[Any] | None:
-    """Give the cluster's hub, None where there is none. Ray must be initialized."""
+    """Return the cluster's hub, or None if there is none. Ray must be initialized."""
     try:
         return ray.get_actor(NAME, namespace)
     except ValueError:
@@ -255,17 +261,17 @@ def find(namespace: str = NAMESPACE) -> ActorHandle[Any] | None:
 
 
 def read_fleet(run: str | None = None, *, timeout_s: float = 10.0, namespace: str = NAMESPACE) -> dict[str, Any] | None:
-    """Ask the cluster's hub for its JSON (see `enginefsm.export.fleet`), through Ray; None where there is no hub.
+    """Return the JSON of the cluster's hub (see `enginefsm.export.fleet`), read through Ray, or None without a hub.
 
-    Raises `ray.exceptions.GetTimeoutError` when it has not answered within `timeout_s` seconds, RayActorError when
-    it is gone.
+    Raises `ray.exceptions.GetTimeoutError` if the hub does not answer within `timeout_s` seconds, and RayActorError if
+    the hub is gone.
     """
     hub = find(namespace)
     return None if hub is None else cast("dict[str, Any]", ray.get(hub.fleet.remote(run), timeout=timeout_s))
 
 
 class HubActor:
-    """The actor. Threaded, without asyncio: a report waits for no other."""
+    """The hub's actor. It uses threads and no asyncio, so that no report waits for another."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self._settings = HubSettings(**settings)
@@ -284,15 +290,15 @@ class HubActor:
         threading.Thread(target=self._keep, name="enginefsm-hub", daemon=True).start()
 
     def accept(self, report: Report) -> Answer:
-        """Take a manager's report in."""
+        """Take in a manager's report."""
         return {"known": self._table.accept(report), "problem": self._problem}
 
     def fleet(self, run: str | None = None) -> dict[str, Any]:
-        """Give what is served at /api/v1/fleet."""
+        """Return the object that /api/v1/fleet serves as JSON."""
         return self._table.as_json(run) | {"hub": self._about()}
 
     def address(self) -> str | None:
-        """Give the URL that it serves at; None while it cannot."""
+        """Return the URL that the hub serves at, or None while it cannot serve."""
         return None if self._server is None else f"http://{self._target()}"
 
     def _about(self) -> dict[str, Any]:
@@ -314,7 +320,10 @@ class HubActor:
         return f"[{addr}]:{self._server.server_port}" if ":" in addr else f"{addr}:{self._server.server_port}"
 
     def _listen(self) -> None:
-        """Begin to serve, and say where; a problem is kept, told in every answer, and tried again."""
+        """Begin to serve, and write the address to the file for Prometheus.
+
+        If that fails, keep the problem. Every answer to a report tells it, and `_keep` tries again.
+        """
         addr, port = self._settings.addr, self._settings.port
         try:
             if self._server is None:
@@ -345,7 +354,7 @@ class HubActor:
         self._problem = problem
 
     def _keep(self) -> None:
-        """Try again what failed, forget what is old, and end when nobody has been heard of for long."""
+        """Retry what failed, and forget old managers. End the hub when no manager has reported for `linger_s`."""
         linger_s = self._settings.linger_s
         while self._table.silent_for_s() < linger_s:
             time.sleep(min(BIND_AGAIN_S, max(0.01, linger_s - self._table.silent_for_s())))
@@ -365,7 +374,7 @@ class HubActor:
             self._server.server_close()
         if self._file_sd is not None:
             with contextlib.suppress(OSError):
-                if self._file_sd.read_bytes() == self._entry:  # else it is another hub's by now
+                if self._file_sd.read_bytes() == self._entry:  # else another hub has written it since
                     self._file_sd.unlink()
         ray.kill(self._self)
 
@@ -373,7 +382,7 @@ class HubActor:
 def _ended_jobs() -> dict[str, float]:
     try:
         return control_plane.ended_jobs()
-    except Exception:  # Ray raises what it likes for a GCS that is away; asked again soon
+    except Exception:  # Ray raises various errors if the GCS is away; the next turn asks again
         logger.debug("Ray does not say which jobs have ended", exc_info=True)
         return {}
 
@@ -388,7 +397,7 @@ class _Server(http.server.ThreadingHTTPServer):
         super().__init__((addr, port), _Handler)
 
     def server_bind(self) -> None:
-        # HTTPServer's own looks the host's name up, which may take seconds.
+        # HTTPServer's own method looks up the host's name, which may take seconds.
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()

@@ -1,27 +1,27 @@
-"""The monitor's events as a log of JSON lines, which `enginefsm report` reads.
+"""Writes the monitor's events to a log of JSON lines, which `enginefsm report` reads.
 
-The format: UTF-8, one object a line. Every line has
+The log is UTF-8 text with one JSON object a line. Every line has these fields:
 
-    kind      what it is; lines of an unknown kind are to be passed over
+    kind      the kind of line; readers skip lines of an unknown kind
     run       the run
-    manager   the id of the monitor, a UUID in hex; many monitors may write to one file
-    at_s      when, in seconds since the epoch
+    manager   the id of the monitor, a UUID in hex; several monitors may write to one file
+    at_s      the time of the event, in seconds since the epoch
 
-and, by its kind:
+Each kind adds fields:
 
-    begin     the monitor began: host, pid, version (of enginefsm), ray_version, format (1)
-    transition  an engine moved: seq, engine, labels (all that adopt() was given), incarnation, actor_id (null when
-              the engine is gone by the time of writing), from (null for the first), to, reason, spent_s (in `from`),
-              age_s (since its launch), first_ready, terminal (dead, and not by release)
-    outcome   a call that failed, or was submitted again: seq, engine, labels, incarnation, method, outcome, attempt
-              (0 for the first submission; above it, the re-await of that number), took_s, probe, fault (the actor
-              could not be reached, died or failed). Calls that were answered the first time leave no line.
-    dropped   events are missing before the next line of this manager: events (how many)
-    end       the monitor ended in good order
+    begin     The monitor began: host, pid, version (of enginefsm), ray_version, format (1).
+    transition  An engine moved: seq, engine, labels (all that adopt() was given), incarnation, actor_id (null if the
+              engine was gone when the line was written), from (null for the first), to, reason, spent_s (in `from`),
+              age_s (since its launch), first_ready, terminal (whether it is dead for a reason other than release).
+    outcome   A call failed or was submitted again: seq, engine, labels, incarnation, method, outcome, attempt (0 for
+              the first submission, else the number of the resubmission), took_s, probe, fault (whether the actor
+              could not be reached, died or failed). A call that is answered the first time has no line.
+    dropped   Events are missing before the next line of this manager: events (how many).
+    end       The monitor ended in good order.
 
-`seq` numbers a monitor's events in their order, with gaps. A line may come twice, after a failed write: lines with the
-same manager and seq are one. After a crash in the middle of a write the broken line is alone on its line; empty lines
-may stand after it, and are to be passed over.
+`seq` numbers the events of a monitor in their order, with gaps. After a failed write a line may come twice. Two lines
+with the same manager and seq are the same event. After a crash during a write, the broken text stands on a line of its
+own. Readers skip it, and skip empty lines, which may follow it.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ FORMAT = 1
 
 
 class EventLog:
-    """Appends one line for each transition, and for each call that failed or was submitted again, to `path`.
+    """Appends a line to `path` for each transition, and for each call that failed or was submitted again.
 
-    Lines are written within half a second, those of an engine's end at once, to the disk. The format is described in
-    `enginefsm.export.jsonl`. The file is created readable by all, and never cut. One that was moved or deleted is
-    noticed at the next line, which begins a new one.
+    It writes lines within half a second. It writes the line of an engine's end at once and syncs it to the disk. The
+    docstring of `enginefsm.export.jsonl` describes the format. The new file is readable by all, and is never
+    truncated. If somebody moves or deletes the file, the next line begins a new one.
     """
 
     sink = "jsonl"
@@ -61,7 +61,7 @@ class EventLog:
         self._ended = False
 
     def send(self, fleet: Fleet, batch: Batch) -> None:
-        """Append the batch's lines; raises OSError when they cannot be written."""
+        """Append the batch's lines. Raise OSError if they cannot be written."""
         about = {"run": batch.run, "manager": batch.manager}
         lines: list[dict[str, Any]] = []
         if not self._began:
@@ -112,14 +112,14 @@ class EventLog:
             raise
 
     def _is_in_place(self, file: int) -> bool:
-        """Whether what is open is still the file at the path: whoever rotates logs moves it, or deletes it."""
+        """Return whether the open file is still the one at the path. Log rotation moves or deletes it."""
         try:
             return os.path.samestat(os.fstat(file), os.stat(self._path))
         except FileNotFoundError:
             return False
 
     def _line_break(self) -> bytes:
-        """What ends a line that was broken off."""
+        """Return a newline if the file ends in a broken line, else nothing."""
         assert self._file is not None
         size = os.fstat(self._file).st_size
         return b"\n" if size and os.pread(self._file, 1, size - 1) != b"\n" else b""

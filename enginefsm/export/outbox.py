@@ -1,7 +1,7 @@
-"""What stands between a monitor and its exporters: for each a bounded queue, and one thread that sends.
+"""The outboxes between a monitor and its exporters. Each exporter has a bounded queue and a thread that sends.
 
-The monitor's own thread only appends to the queue. The exporter's thread sends what has gathered, a batch at a time,
-and sends it again, after a pause, until the exporter takes it. `flush` waits for that, with a bound.
+The monitor's thread only appends to the queue. The exporter's thread sends the queued events in batches. If the
+exporter does not take a batch, the thread pauses and sends it again. `flush` waits for that, with a bound.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from enginefsm.metrics.collector import FleetMetrics
 logger = logging.getLogger("enginefsm.export")
 
 FLUSH_S = 1.8
-"""How long whoever waits for exporters to acknowledge, or for listeners to be told, waits for all of them together."""
+"""How long a flush waits for all exporters together, and `delivered` for all listeners together, in seconds."""
 MOST_WAITING = 20_000
-"""Events that wait for an exporter; above it, the oldest are dropped."""
+"""How many events may wait for an exporter. If more come, the outbox drops the oldest."""
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 15.0
 BROKEN_AFTER = 5
-"""Failures in a row after which a flush waits for one attempt only."""
+"""After so many failures in a row, a flush waits for one attempt only."""
 
 
 class NotYetError(Exception):
-    """Raised by an exporter that has not passed a batch on, though nothing failed: it is tried again, uncounted."""
+    """An exporter could not pass on a batch yet, and nothing failed. The outbox tries again and counts no failure."""
 
 
 class Fleet(Protocol):
@@ -53,7 +53,7 @@ class Fleet(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Batch:
-    """What an exporter is to pass on. A batch that was not taken comes again, with more added."""
+    """The events for an exporter to pass on. If the exporter does not take a batch, the next batch holds it as well."""
 
     run: str
     manager: str
@@ -61,44 +61,44 @@ class Batch:
     started_s: float
     """When the monitor began to export, in seconds since the epoch."""
     seq: int
-    """Of the batch; each attempt has a higher one than all before it."""
+    """The number of the batch. Each attempt has a higher number than all attempts before it."""
     events: Sequence[tuple[int, Event]]
-    """What happened, oldest first, each event with its number; an event keeps its number for good."""
+    """The events with their numbers, oldest first. An event keeps its number in every batch."""
     dropped: int
-    """How many events were dropped before these, since the last batch that was taken."""
+    """How many events were dropped since the last batch that the exporter took."""
     terminal: bool
-    """Whether an engine's end is among the events: `send` is to return once it is safe from the process's end."""
+    """Whether the events include an engine's end. Then `send` returns only once they outlive the process."""
     stopped_s: float
-    """When the monitor ended in good order, in seconds since the epoch; 0 while it has not."""
+    """When the monitor ended in good order, in seconds since the epoch. 0 if it has not ended so."""
 
 
 class Exporter(Protocol):
-    """Takes batches somewhere. Used by one thread, for one monitor; after `close` for another."""
+    """Takes batches somewhere. One thread uses it, for one monitor. After `close` another monitor may use it."""
 
     sink: str
-    """Its name on the metrics of exporters."""
+    """The exporter's name in the metrics of exporters."""
     batch_s: float
-    """How long events gather before they are sent, in seconds; terminal ones go at once."""
+    """How long events gather before they are sent, in seconds. Terminal events go at once."""
     heartbeat_s: float
-    """How long, in seconds, until a batch is sent that holds no event."""
+    """How many seconds after the last batch that arrived a batch without events is sent."""
 
     def send(self, fleet: Fleet, batch: Batch) -> None:
-        """Pass a batch on, and return when it has arrived. Any exception says that it has not, and why.
+        """Pass a batch on, and return when it has arrived. If it did not arrive, raise an exception that says why.
 
-        To be done within a second or so, lest the process's end waits in vain for what it has not been given.
+        This should take about a second at most, because the end of the process waits for it only for a short time.
         """
 
     def close(self) -> None:
-        """Let go of what is held open; nothing is sent afterwards."""
+        """Release what the exporter holds open. The outbox sends nothing afterwards."""
 
 
 def is_terminal(event: Event) -> bool:
-    """Whether the event is an engine's end, other than by release."""
+    """Return whether the event is an engine's end for a reason other than release."""
     return isinstance(event, Transition) and event.to_state is EngineState.DEAD and event.reason is not Reason.RELEASED
 
 
 class Outbox:
-    """One exporter's queue and thread. Calling it with an event queues the event; one caller at a time."""
+    """One exporter's queue and thread. Call it with an event to queue the event. One thread may call it at a time."""
 
     def __init__(self, exporter: Exporter, fleet: Fleet, manager: str, started_s: float) -> None:
         self.__name__ = exporter.sink
@@ -107,16 +107,16 @@ class Outbox:
         self._manager = manager
         self._started_s = started_s
         self._queue: collections.deque[tuple[int, Event]] = collections.deque()
-        self._put = 0  # events so far; written by the monitor's thread alone, after the event is in the queue
+        self._put = 0  # events so far; only the monitor's thread writes it, after it has queued the event
         self._last_terminal = 0
-        self._dropped_queued = 0  # written by the monitor's thread alone
+        self._dropped_queued = 0  # only the monitor's thread writes it
         self._wake = threading.Event()
-        self._attempted = threading.Condition()  # around the three below
+        self._attempted = threading.Condition()  # guards the three below
         self._taken = 0
         self._attempts = 0
         self._failures = 0  # in a row
         self._close_by: float | None = None
-        # The thread's own.
+        # Only the outbox's thread uses these.
         self._pending: collections.deque[tuple[int, Event]] = collections.deque()
         self._dropped_pending = 0
         self._dropped_told = 0
@@ -126,13 +126,13 @@ class Outbox:
         self._thread.start()
 
     def __call__(self, event: Event) -> None:
-        """Queue an event. Exporters carry health checks as counts, so that these fill no queue."""
+        """Queue an event. Health checks would fill the queue, so they are left out: exporters send them as counts."""
         if isinstance(event, HealthChecked | WatchBegan):
             return
         if len(self._queue) >= MOST_WAITING:
             try:
                 self._queue.popleft()
-            except IndexError:  # the thread has taken all of them since
+            except IndexError:  # the outbox's thread has taken all of them since
                 pass
             else:
                 self._dropped_queued += 1
@@ -145,7 +145,10 @@ class Outbox:
             self._wake.set()
 
     def begin_flush(self, *, terminal_only: bool) -> Callable[[float], bool]:
-        """Have what is queued sent at once. Gives the wait for it: until a monotonic time; True when all is taken."""
+        """Make the thread send the queued events at once, and return a function that waits for that.
+
+        The function waits until a monotonic time, and returns whether the exporter took all of them.
+        """
         upto = self._last_terminal if terminal_only else self._put
         attempts = self._attempts
         if self._taken < upto:
@@ -162,12 +165,12 @@ class Outbox:
         return wait
 
     def begin_close(self, by: float) -> None:
-        """Have a last batch sent, until `by` (monotonic), and then no more."""
+        """Make the thread send a last batch until `by` (monotonic), and then end."""
         self._close_by = by
         self._wake.set()
 
     def end_close(self) -> None:
-        """Wait until the thread has ended, or its time is up; it is a daemon, and never keeps a process alive."""
+        """Wait until the thread ends or its time is up. It is a daemon, so it never keeps the process alive."""
         self._thread.join(max(0.0, (self._close_by or 0.0) - time.monotonic()))
 
     def _work(self) -> None:
@@ -194,7 +197,7 @@ class Outbox:
                 pause_s = min(pause_s, left_s)
         try:
             exporter.close()
-        except Exception:  # an exporter may be anyone's, and nothing is lost any more
+        except Exception:  # an exporter may be the user's code, and no event is lost here
             logger.exception("export to %s: could not be closed", exporter.sink)
 
     def _gather(self) -> None:
@@ -206,7 +209,10 @@ class Outbox:
             self._fleet.metrics.event_dropped(self._exporter.sink)
 
     def _attempt(self, upto: int) -> bool:
-        """Send what is pending, which has the events up to that number; it stays pending when it is not taken."""
+        """Send the pending events, which go up to number `upto`, and return whether the exporter took them.
+
+        If it did not, they stay pending.
+        """
         self._seq += 1
         dropped = self._dropped_queued + self._dropped_pending
         batch = Batch(
@@ -217,7 +223,7 @@ class Outbox:
         failure: Exception | None = None
         try:
             self._exporter.send(self._fleet, batch)
-        except Exception as exception:  # noqa: BLE001  whatever fails there, the bringup lives; it is counted and told
+        except Exception as exception:  # noqa: BLE001  no exporter may end a bringup; `_tell` counts and logs it
             failure = exception
         else:
             self._pending.clear()
@@ -246,7 +252,7 @@ class Outbox:
 
 
 class Exports:
-    """The exporters of one monitor, from its first engine to its end."""
+    """The exporters of one monitor. They live from the monitor's first engine to its end."""
 
     def __init__(self, exporters: Iterable[Exporter], fleet: Fleet) -> None:
         self.manager = uuid.uuid4().hex
@@ -256,9 +262,9 @@ class Exports:
         self.outboxes = [Outbox(exporter, fleet, self.manager, started_s) for exporter in exporters]
 
     def flush(self, timeout_s: float, *, terminal_only: bool = False) -> bool:
-        """Wait until the exporters have what was queued so far, `timeout_s` at most; says whether they have.
+        """Wait until the exporters took all events so far, for `timeout_s` at most. Return whether they did.
 
-        With `terminal_only`, only the ends of engines are waited for: where there is none, nothing is.
+        With `terminal_only`, wait only for the ends of engines. If none is queued, do not wait.
         """
         until = time.monotonic() + timeout_s
         waits = [outbox.begin_flush(terminal_only=terminal_only) for outbox in self.outboxes]
@@ -266,7 +272,7 @@ class Exports:
         return all(taken)
 
     def close(self, timeout_s: float) -> None:
-        """Send what is left, `timeout_s` at most, and end the threads."""
+        """Send the remaining events, for `timeout_s` at most, and end the threads."""
         if os.getpid() != self._pid:  # a fork has none of the threads
             return
         by = time.monotonic() + timeout_s
@@ -277,6 +283,6 @@ class Exports:
 
 
 def describe(failure: BaseException) -> str:
-    """The failure in one line."""
+    """Return the failure as one line."""
     text = str(failure).strip()
     return f"{type(failure).__name__}: {text.splitlines()[0]}" if text else type(failure).__name__

@@ -1,4 +1,4 @@
-"""The monitor's metrics, pushed to a Prometheus Pushgateway."""
+"""Pushes the monitor's metrics to a Prometheus Pushgateway."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ TIMEOUT_S = 1.5
 
 
 class PushGateway:
-    """Pushes all metrics every few seconds, and at once when an engine ends. No proxy is asked.
+    """Pushes all metrics every few seconds, and at once when an engine ends. It uses no proxy.
 
-    They replace the group `job="enginefsm", run=<run>` of the gateway, so a run that is started again leaves no old
-    series behind, and monitors of one run that push side by side take turns: use the hub for those. The group stays
-    when the process ends.
+    Each push replaces the gateway's group `job="enginefsm", run=<run>`. So a run that is started again leaves no old
+    series behind. Monitors of one run overwrite each other's metrics, so use the hub for them. The group stays when
+    the process ends.
 
     Args:
-        url: The gateway's, as `http://127.0.0.1:9091`.
-        timeout_s: For the connection and each answer of the gateway, in seconds.
+        url: The gateway's URL, as `http://127.0.0.1:9091`.
+        timeout_s: The timeout in seconds, for the connection and for each answer of the gateway.
 
-    Raises ValueError when `url` is not http or https, with a host.
+    Raises ValueError unless `url` is an http or https URL with a host.
     """
 
     sink = "push"
@@ -39,24 +39,24 @@ class PushGateway:
         self._timeout_s = timeout_s
 
     def send(self, fleet: Fleet, batch: Batch) -> None:
-        """Push; raises OSError (urllib's errors are such) when the gateway cannot be reached, or refuses."""
+        """Push the metrics. Raise OSError, as urllib does, if the gateway cannot be reached or refuses."""
         push_to_gateway(
             self._url, job="enginefsm", grouping_key={"run": batch.run}, registry=fleet.metrics.registry,
             timeout=self._timeout_s, handler=_ask_directly,
         )  # fmt: skip
 
     def close(self) -> None:
-        """Do nothing: what was pushed stays."""
+        """Do nothing. The pushed metrics stay in the gateway."""
 
 
 def _ask_directly(
     url: str, method: str, timeout: float | None, headers: Sequence[tuple[str, str]], data: bytes
 ) -> Callable[[], None]:
-    """A handler for `push_to_gateway` that passes the environment's proxies by: they know nothing of the cluster."""
+    """Return a request for `push_to_gateway` that ignores the environment's proxies: they cannot reach the cluster."""
 
     def ask() -> None:
         request = urllib.request.Request(url, data, dict(headers), method=method)  # noqa: S310  http or https, as checked
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=timeout):
-            pass  # what is not well raises HTTPError
+            pass  # an error status raises HTTPError
 
     return ask

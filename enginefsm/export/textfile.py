@@ -1,4 +1,4 @@
-"""The monitor's metrics in a file, as node_exporter's textfile collector reads it (`*.prom`)."""
+"""Writes the monitor's metrics to a file (`*.prom`) for node_exporter's textfile collector."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from enginefsm.export.outbox import Batch, Fleet
 class Textfile:
     """Writes all metrics to `path` every few seconds, and at once when an engine ends.
 
-    The file is replaced as a whole: a reader never sees half of it. It stays when the process ends, so that what was
-    last known can still be read; the heartbeat in it says when that was. Two monitors cannot share a file.
+    Each write replaces the whole file, so a reader never sees a part of it. The file stays when the process ends, and
+    keeps the last metrics. The heartbeat in it says how old they are. Two monitors cannot share a file.
     """
 
     sink = "textfile"
@@ -25,9 +25,9 @@ class Textfile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path)
 
-    def send(self, fleet: Fleet, batch: Batch) -> None:  # noqa: ARG002  the metrics hold all of it
-        """Write the file; raises OSError when it cannot be written."""
+    def send(self, fleet: Fleet, batch: Batch) -> None:  # noqa: ARG002  the metrics hold all of the batch
+        """Write the file. Raise OSError if it cannot be written."""
         write_atomically(self._path, generate_latest(fleet.metrics.registry))
 
     def close(self) -> None:
-        """Do nothing: the file stays."""
+        """Do nothing. The file stays."""

@@ -1,7 +1,7 @@
-"""The monitor's events as Prometheus metrics, in a registry of the monitor's own.
+"""Turns the monitor's events into Prometheus metrics. Each monitor has a registry of its own.
 
-What is counted is kept here. What is a property of each engine is read from the engines at the scrape: keeping it
-would cost several kB an engine.
+The collector keeps the counters and histograms. It reads the gauges of single engines from the engines at each scrape,
+because keeping them would cost several kB an engine.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from enginefsm.metrics.counters import Counts, Durations
 GROUP = ("run", "model", "worker_type")
 ENGINE = (*GROUP, "engine")
 
-# From a stand-in's second to an hour of loading and compiling.
+# A stand-in launches in a second. Loading and compiling may take an hour.
 LAUNCH_BUCKETS_S = (1, 2, 5, 10, 20, 30, 60, 120, 180, 300, 600, 900, 1200, 1800, 2700, 3600)
-# From Ray's own report of a break, 1.3 s at the least, to the default budget and gRPC's 301 s.
+# Ray reports a break after 1.3 s at the least. The default budget and gRPC's 301 s are near the upper end.
 UNAVAILABLE_BUCKETS_S = (0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
 PROBE_BUCKETS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 300)
 
@@ -46,19 +46,19 @@ PER_ENGINE: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "engine_info": ("The engine's actor.", (*ENGINE, "node", "actor_id", "incarnation")),
     "retry_exhausted_timestamp_seconds": ("When the engine was given up, its bounds spent.", (*ENGINE, "reason")),
 }
-"""The gauges of single engines: what each says, and its labels."""
+"""The gauges of single engines: the help text and labels of each."""
 WITH_REASON = frozenset({EngineState.UNAVAILABLE, EngineState.DEAD})
-"""The states whose reason is told of each engine: a fleet that is well pays nothing for it."""
+"""The states in which an engine has a reason gauge. In a healthy fleet these gauges cost nothing."""
 
 
 class EngineView(Protocol):
-    """What is asked of an engine at a scrape."""
+    """An engine, as a scrape reads it."""
 
     def snapshot(self) -> EngineSnapshot: ...  # noqa: D102
 
 
 class FleetMetrics(Collector):
-    """Listens to a monitor, and is collected by Prometheus. `registry` holds it and nothing else."""
+    """Listens to a monitor and serves Prometheus. Its `registry` holds no other collector."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class FleetMetrics(Collector):
         self._run = run
         self._engines = engines
         self.verdicts_held = held
-        """How many of the health monitor's verdicts are held, by why."""
+        """Returns how many verdicts of the health monitor are held, by the reason for which they are held."""
         self._groups: set[tuple[str, str, str]] = set()
         self._methods: set[tuple[str, str, str, str]] = set()
         self._stopped_at_s = 0.0
@@ -162,7 +162,7 @@ class FleetMetrics(Collector):
             self._probe_duration.observe(event.took_s, *group, event.outcome)
 
     def _begin_at_zero(self, group: tuple[str, str, str]) -> None:
-        """A counter that is first seen at 1 has no increase to Prometheus."""
+        """Begin a group's counters at 0. Prometheus sees no increase in a counter that begins at 1."""
         self._transitions.begin(*group, "", EngineState.LAUNCHING, Reason.ADOPTED)
         for reason, (sources, dest) in EDGES.items():
             for source in sources:
@@ -182,11 +182,11 @@ class FleetMetrics(Collector):
                 self._reawaits.begin(*group, method, result)
 
     def expect_calls(self, labels: Mapping[str, str], method: str) -> None:
-        """Begin to count, at 0, the outcomes of a method of engines with these labels."""
+        """Begin the counters of a method's outcomes at 0, for engines with these labels."""
         self._begin_method_at_zero(self._group(labels), method)
 
     def expect_listener(self, listener: object) -> None:
-        """Begin to count, at 0, the failures of a listener."""
+        """Begin the counter of a listener's failures at 0."""
         self._export_errors.begin(self._run, _sink(listener))
 
     def listener_failed(self, listener: object) -> None:
@@ -194,7 +194,7 @@ class FleetMetrics(Collector):
         self._export_errors.add(self._run, _sink(listener))
 
     def expect_exporter(self, sink: str) -> None:
-        """Begin to count, at 0, the failures of an exporter, and the events that it is never given."""
+        """Begin the counters of an exporter's failures and of its dropped events at 0."""
         self._export_errors.begin(self._run, sink)
         self._events_dropped.begin(self._run, sink)
 
@@ -203,28 +203,28 @@ class FleetMetrics(Collector):
         self._export_errors.add(self._run, sink)
 
     def event_dropped(self, sink: str) -> None:
-        """Count an event that an exporter is never given."""
+        """Count an event that was dropped before the exporter got it."""
         self._events_dropped.add(self._run, sink)
 
     @property
     def stopped_at_s(self) -> float:
-        """When the monitor ended in good order, in seconds since the epoch; 0 while it has not."""
+        """When the monitor ended in good order, in seconds since the epoch. 0 if it has not ended so."""
         return self._stopped_at_s
 
     def stopped(self) -> None:
-        """The monitor ends in good order."""
+        """Note that the monitor ends now, in good order."""
         self._stopped_at_s = time.time()
 
     def serve(self, port: int, addr: str) -> MetricsServer:
-        """Serve the registry over HTTP; see `EngineMonitor.serve_metrics`."""
+        """Serve the registry over HTTP. See `EngineMonitor.serve_metrics`."""
         return MetricsServer(*start_http_server(port, addr, self.registry))
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing in advance: the registry is this collector's alone."""
+        """Return nothing. The registry holds no other collector that could use the same names."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """Everything, as Prometheus scrapes it."""
+        """Yield all metrics for a scrape."""
         yield from self.collect_counts()
         yield from self._collect_engines()
         run: tuple[str, ...] = (self._run,)
@@ -232,7 +232,7 @@ class FleetMetrics(Collector):
         yield held_gauge({run: self.verdicts_held()})
 
     def collect_counts(self) -> Iterator[Metric]:
-        """What is counted over the monitor's life: those of several monitors add up."""
+        """Yield the counters and histograms of the monitor's life. Those of several monitors can be added up."""
         for kept in self._kept:
             yield from kept.collect()
 
@@ -271,7 +271,7 @@ class FleetMetrics(Collector):
 def bringup_gauges(
     expected: Mapping[tuple[str, ...], float], phases: Mapping[tuple[str, ...], str]
 ) -> Iterator[Metric]:
-    """The gauges of bringups: how many engines each group has, and the phase of each (run, model)."""
+    """Yield the gauges of bringups: the number of engines of each group, and the phase of each (run, model)."""
     yield _gauge("engines_expected", "Engines adopted and not released.", GROUP, expected)
     values = {(*key, one): float(one == now_in) for key, now_in in phases.items() for one in PHASES}
     yield _gauge("bringup_phase", "1 for the phase that the bringup is in.", ("run", "model", "phase"), values)
@@ -282,7 +282,7 @@ def monitor_gauges(
     stopped: Mapping[tuple[str, ...], float],
     info: Mapping[tuple[str, ...], float],
 ) -> Iterator[Metric]:
-    """The gauges of monitors: heartbeat and end of each (run,), and 1 for each (run, version, ray_version)."""
+    """Yield the gauges of monitors: heartbeat and end of each (run,), and 1 for each (run, version, ray_version)."""
     yield _gauge("monitor_heartbeat_timestamp_seconds", "When the monitor was last alive.", ("run",), heartbeat)
     text = "When the monitor ended in good order; 0 while it has not."
     yield _gauge("monitor_stopped_timestamp_seconds", text, ("run",), stopped)
@@ -290,14 +290,14 @@ def monitor_gauges(
 
 
 def held_gauge(held: Mapping[tuple[str, ...], Mapping[Any, int]]) -> Metric:
-    """The gauge of verdicts held, of each (run,), by why."""
+    """Return the gauge of held verdicts: one value for each (run,) and reason for which verdicts are held."""
     values = {(*run, why): float(of.get(why, 0)) for run, of in held.items() for why in HELD}
     return _gauge("verdicts_held", "Verdicts of the health monitor that are due, and held.", ("run", "why"), values)
 
 
 @functools.cache
 def versions() -> tuple[str, str]:
-    """The versions of enginefsm and of Ray."""
+    """Return the versions of enginefsm and of Ray."""
     return version("enginefsm"), ray.__version__
 
 
@@ -309,7 +309,7 @@ def _gauge(name: str, text: str, labels: Sequence[str], values: Mapping[tuple[st
 
 
 class LaunchView(Protocol):
-    """What says how a bringup goes."""
+    """An engine, as the phase of its bringup depends on it."""
 
     @property
     def state(self) -> EngineState: ...  # noqa: D102
@@ -318,7 +318,10 @@ class LaunchView(Protocol):
 
 
 def phase(engines: Iterable[LaunchView]) -> str:
-    """Failed once an engine died before it was ever ready; succeeded when all have been ready."""
+    """Return the phase of a bringup.
+
+    It is "failed" if an engine died before it was ever ready, and "succeeded" if all engines have been ready.
+    """
     never_ready = [engine for engine in engines if not engine.ever_ready]
     if any(engine.state is EngineState.DEAD for engine in never_ready):
         return "failed"
@@ -336,7 +339,7 @@ def _reawait_result(outcome: Outcome) -> str:
 
 
 class MetricsServer:
-    """An HTTP server of metrics, in a thread."""
+    """An HTTP server of metrics that runs in a thread."""
 
     def __init__(self, server: WSGIServer, thread: threading.Thread) -> None:
         self._server = server

@@ -1,7 +1,8 @@
-"""Counters and histograms that are this process's and this monitor's, whatever the environment says.
+"""Counters and histograms that belong to one process and one monitor, in every environment.
 
-Those of client_python become files shared by processes, and by monitors, where `PROMETHEUS_MULTIPROC_DIR` is set, as
-SGLang sets it, and cannot be made where that directory is missing. Its metric families are used for the rest.
+If `PROMETHEUS_MULTIPROC_DIR` is set, as SGLang sets it, the counters of client_python become files. Several processes
+and monitors then share them. If that directory is missing, they cannot be created. So enginefsm counts by itself, and
+uses only the metric families of client_python.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Key = tuple[str, ...]
 
 
 class Counts(Collector):
-    """A counter by labels."""
+    """A counter with labels."""
 
     def __init__(self, name: str, text: str, labels: Sequence[str]) -> None:
         self._about = (name, text)
@@ -28,17 +29,17 @@ class Counts(Collector):
         self._counts: dict[Key, float] = {}
 
     def begin(self, *key: str) -> None:
-        """Have it at 0 from now on: a counter that is first seen at 1 has no increase to Prometheus."""
+        """Begin the counter of these labels at 0. Prometheus sees no increase in a counter that begins at 1."""
         with self._lock:
             self._counts.setdefault(key, 0.0)
 
     def add(self, *key: str) -> None:
-        """Count one."""
+        """Add one to the counter of these labels."""
         with self._lock:
             self._counts[key] = self._counts.get(key, 0.0) + 1.0
 
     def collect(self) -> Iterator[Metric]:
-        """The counter as it is."""
+        """Yield the counter with its present values."""
         family = CounterMetricFamily(*self._about, labels=self._labels)
         with self._lock:
             for key, count in self._counts.items():
@@ -47,7 +48,7 @@ class Counts(Collector):
 
 
 class Durations(Collector):
-    """A histogram of seconds by labels."""
+    """A histogram of seconds with labels."""
 
     def __init__(self, name: str, text: str, labels: Sequence[str], buckets_s: Sequence[float]) -> None:
         self._about = (name, text)
@@ -58,19 +59,19 @@ class Durations(Collector):
         self._sums_s: dict[Key, float] = {}
 
     def begin(self, *key: str) -> None:
-        """Have it at 0 from now on."""
+        """Begin the histogram of these labels at 0."""
         with self._lock:
             self._begin(key)
 
     def observe(self, seconds: float, *key: str) -> None:
-        """Take in one duration."""
+        """Add one duration to the histogram of these labels."""
         with self._lock:
             self._begin(key)
             self._counts[key][bisect.bisect_left(self._buckets_s, seconds)] += 1
             self._sums_s[key] += seconds
 
     def collect(self) -> Iterator[Metric]:
-        """The histogram as it is."""
+        """Yield the histogram with its present values."""
         family = HistogramMetricFamily(*self._about, labels=self._labels)
         bounds = [floatToGoString(bound) for bound in self._buckets_s]
         with self._lock:
