@@ -507,6 +507,13 @@ def test_an_actor_that_ray_lets_end_is_a_good_end_and_all_else_that_ends_with_it
     assert ("cleanup ran, closed: True" in log.read_text()) is cleans_up
 
 
+def test_a_manager_whose_actor_nobody_holds_any_more_ended_in_good_order(place, tmp_path):
+    actor = ray.remote(num_cpus=0)(ManagerInAnActor).remote(place.settings, place.name, str(tmp_path / "log"))
+    assert ray.get(actor.up.remote())
+    del actor
+    wait_until(lambda: place.json()["runs"][0]["state"] == "stopped", what="the end")
+
+
 def test_a_manager_whose_actor_is_killed_did_not_end_in_good_order(place, tmp_path):
     actor = ray.remote(num_cpus=0)(ManagerInAnActor).remote(place.settings, place.name, str(tmp_path / "log"))
     assert ray.get(actor.up.remote())
