@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 import ray
 from ray import ObjectRef
@@ -17,7 +17,8 @@ MOST_TOGETHER_S = 0.05
 LOOK_S = 1.0
 """How long a thread sleeps at most. Nothing wakes it if another thread gives an engine up or Ray is shut down."""
 
-Outcomes = list[tuple[ObjectRef[Any], Any]]
+# A text, because the ObjectRef of Ray 2.47 takes no subscript at run time.
+Outcomes: TypeAlias = "list[tuple[ObjectRef[Any], Any]]"
 
 
 def wait_blocking(
