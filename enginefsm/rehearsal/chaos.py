@@ -103,7 +103,10 @@ def cut(pid: int, peer: int | None = None) -> int:
 
 
 def kill(pid: int) -> None:
-    """Kill the process `pid` (SIGKILL). Its children live on, as after any SIGKILL.
+    """Kill the process `pid` (SIGKILL).
+
+    The signal goes to this process alone. From 2.57 on, Ray then kills the process group of the dead actor, so its
+    children end too. A child that called `setsid()` survives, and so do all children under older Rays.
 
     Raises:
         NotAnEngineError: it is neither an engine's nor a manager's, or has ended already.
