@@ -256,10 +256,10 @@ def test_without_a_cluster_it_says_where_it_looked_and_starts_none(tmp_path, sta
 
 
 @pytest.mark.ray
-def test_an_address_that_never_answers_ends_the_look():
+def test_an_address_that_never_answers_ends_the_look(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
-        code, findings = examine("--address", address)
+        code, findings = examine("--address", address, ENGINEFSM_HUB_FILE_SD=str(tmp_path / "none"))
     assert (code, wants_attention(findings)) == (ends.FAILED, {"cluster"})
     assert address in findings["cluster"]["found"]
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
 
-from enginefsm._ray import keepalive
 from support.clusters import WORKERS_PATH
 from support.engines import wait_until
 
@@ -124,7 +123,7 @@ def _ip(*command: str) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """Give what Ray and its drivers run with. Each process is left to say whether it has a keepalive."""
-    inherited = {name: value for name, value in os.environ.items() if name not in keepalive.VARIABLES}
+    """Give what Ray and its drivers run with, and nothing that is for the clusters of other tests."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     path = os.pathsep.join((str(Path(__file__).parents[2]), WORKERS_PATH))
     return {**inherited, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": path}

@@ -58,9 +58,9 @@ def cluster(facts: Facts) -> Finding:
     """Say whether there is a cluster, and how many of its nodes live."""
     row = "cluster"
     if facts.cluster is None:
-        if facts.hub is not None:
+        if not facts.cluster_problem:
             return Finding(
-                row, Verdict.UNKNOWN, facts.cluster_problem or "not asked",
+                row, Verdict.UNKNOWN, "not asked: --address names a hub",
                 "Rows about the cluster's nodes stay open.", "Name the cluster as well: --address HOST:PORT.",
             )  # fmt: skip
         return Finding(

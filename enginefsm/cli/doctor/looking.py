@@ -32,9 +32,7 @@ CLUSTER_TIMEOUT_S = 20.0
 def look(address: str | None, environ: Mapping[str, str] = os.environ) -> Facts:
     """Return what there is to see from this process, of the cluster or the hub at `address`."""
     facts = Facts(_here(environ))
-    if finding.is_hub_address(address):
-        facts = dataclasses.replace(facts, cluster_problem="--address names a hub, and no cluster")
-    else:
+    if not finding.is_hub_address(address):
         facts = _look_at_cluster(facts, finding.cluster_address(address, environ))
     facts = _look_at_hub(facts, address, environ)
     return _look_beside_hub(facts, environ)
