@@ -212,10 +212,11 @@ class ManagedEngine:
 
     def describe(self, *, detail: bool = True) -> str:
         """Return the engine in one line: name, labels, incarnation, state, the time in each state, and the detail."""
-        labels = " ".join(f"{key}={value}" for key, value in self.labels.items() if value)
+        given = " ".join(f"{key}={value}" for key, value in self.labels.items() if value)
+        labels = f" ({given})" if given else ""
         times = ", ".join(f"{state} {seconds:.1f} s" for state, seconds in self.time_in_states().items())
         reason = why(self.reason, self.stage)
-        line = f"engine {self.name!r} ({labels}) incarnation {self.incarnation}: {self.state} ({reason}); {times}"
+        line = f"engine {self.name!r}{labels} incarnation {self.incarnation}: {self.state} ({reason}); {times}"
         return f"{line}; {self.detail}" if detail and self.detail else line
 
     def history(self) -> list[Incarnation]:

@@ -1,10 +1,10 @@
 """Ray's gRPC keepalive, which finds a link between two hosts that has gone silent.
 
 Ray's gRPC client asks an idle connection for a sign of life every 300 s. A link that drops packets without a word for
-25 s while an engine launches then delays the result by 274 s. With the two variables below the same fault costs 0.2 s
-(measured on Ray 2.60 between two network namespaces, `tests/benchmarks/silent_link.py`).
+25 s while an engine launches can then delay the result by minutes. With the two variables below the same fault costs
+seconds. docs/silent-links.md has the figures, `tests/benchmarks/silent_link.py` measures them.
 
-The variables count in the process that makes the calls. Ray reads them when it is imported.
+The variables count in the process that makes the calls. Ray reads them when it is imported, and again in `ray.init`.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def runtime_env(base: Mapping[str, Any] | None = None) -> dict[str, Any]:
     Give it to the actor that awaits the engines (`.options(runtime_env=...)`), or to the whole job
     (`ray.init(runtime_env=...)`). Variables that `base` sets already keep their values.
 
-    A `runtime_env` does not reach the driver. A driver that awaits engines needs the same variables in its own
-    environment before it imports ray. `enginefsm doctor` tells whether they are in effect.
+    A `runtime_env` does not reach the driver. A driver that awaits engines sets the same variables in its own
+    environment before `ray.init`: `os.environ.update(enginefsm.runtime_env()["env_vars"])`.
 
     Raises:
         TypeError: `base` or its `env_vars` is not a mapping.
@@ -51,15 +51,27 @@ def runtime_env(base: Mapping[str, Any] | None = None) -> dict[str, Any]:
     return {**given, "env_vars": {**VARIABLES, **(given.get("env_vars") or {})}}
 
 
+NEVER_S = -1.0
+
+
+def silent_link_s() -> float:
+    """Return how soon this process's Ray notices a silent link, in seconds; `NEVER_S` (-1) if its keepalive is off."""
+    time_ms, timeout_ms = Config.grpc_client_keepalive_time_ms(), Config.grpc_client_keepalive_timeout_ms()
+    # Ray turns the keepalive on for a time above 0 only.
+    return float(time_ms + timeout_ms) / 1000 if time_ms > 0 else NEVER_S
+
+
+def is_soon(silent_link_s: float) -> bool:
+    """Return whether a silent link is noticed within the times of `VARIABLES`."""
+    return 0 <= silent_link_s <= PING_EVERY_S + ANSWER_WITHIN_S
+
+
 def finds_silent_links() -> bool:
-    """Return whether this process's Ray breaks a silent connection within the times of `VARIABLES`."""
-    time_ms, timeout_ms = in_effect_ms()
-    return time_ms + timeout_ms <= (PING_EVERY_S + ANSWER_WITHIN_S) * 1000
+    """Return whether this process's Ray breaks a silent connection within the times of `VARIABLES`.
 
-
-def in_effect_ms() -> tuple[int, int]:
-    """Return the keepalive time and timeout that this process's Ray has read, in milliseconds."""
-    return int(Config.grpc_client_keepalive_time_ms()), int(Config.grpc_client_keepalive_timeout_ms())
+    The answer may change in `ray.init`, which reads the variables again.
+    """
+    return is_soon(silent_link_s())
 
 
 def warn_of_silent_links(nodes: Iterable[str | None]) -> None:
@@ -79,9 +91,8 @@ def warn_of_silent_links(nodes: Iterable[str | None]) -> None:
             return
         _warned = True
     logger.warning(
-        "Engines run on other nodes, and Ray may need %g s to notice that the link to them is silent. "
-        "Set %s before this process imports ray, or give its actor runtime_env=enginefsm.runtime_env(). "
-        "See docs/silent-links.md",
-        sum(in_effect_ms()) / 1000,
+        "Engines run on other nodes, and Ray %s that the link to them is silent. "
+        "Set %s before ray.init, or give this actor runtime_env=enginefsm.runtime_env(). See docs/silent-links.md",
+        "never notices" if silent_link_s() == NEVER_S else f"may need {silent_link_s():g} s to notice",
         " and ".join(f"{name}={value}" for name, value in VARIABLES.items()),
     )

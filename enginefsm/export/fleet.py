@@ -33,8 +33,8 @@ are seconds since the epoch. Later releases may add fields. They remove none und
           {"manager": "9f0c...", "host": "node-1", "pid": 4242, "version": "0.1.0", "ray_version": "2.60.0",
            "started_s": ..., "heartbeat_s": ..., "heard_s_ago": 1.2, "stopped_s": null or ...,
            "state": "alive" | "silent" | "stopped" | "replaced",            # replaced: it has a successor
-           "python": "3.11.7",
-           "silent_link_s": 20.0,       # how soon its Ray notices a silent link (see keepalive)
+           "python": "3.11.7" or null,
+           "silent_link_s": 20.0 or null,   # how soon its Ray notices a silent link; -1: never (see keepalive)
            "engines": 8}],
         "engines": [                    # by name
           {"engine": "default/regular/0", "model": "glm-4.6", "worker_type": "regular", "node": "node-1",
@@ -42,7 +42,7 @@ are seconds since the epoch. Later releases may add fields. They remove none und
            "state": "unavailable", "reason": "actor_unavailable", "since_s": ..., "in_state_s": 12.3,
            "spent_s": {"launching": 63.2, "ready": 511.0},                  # in the states that it left
            "incarnation": 2, "actor_id": "...", "ever_ready": true, "manager": "9f0c...",
-           "max_task_retries": 0,       # the actor's: how often Ray itself repeats a method that was cut off
+           "max_task_retries": 0 or null,   # the actor's: how often Ray itself repeats a method that was cut off
            "stage": null or how far its launch is, as "waiting for resources" (see `LaunchStage`),
            "past": [                    # its earlier incarnations, at most the newest 16, oldest first
              {"incarnation": 1, "actor_id": "...", "reason": "actor_died", "adopted_s": ..., "ready_s": null or ...,

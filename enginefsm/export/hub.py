@@ -229,7 +229,7 @@ def _report(fleet: Fleet, batch: Batch, host: str, moved_on: Iterable[str] | Non
         "version": ours,
         "ray_version": rays,
         "python": platform.python_version(),
-        "silent_link_s": sum(keepalive.in_effect_ms()) / 1000,
+        "silent_link_s": keepalive.silent_link_s(),
     }
 
 
@@ -363,7 +363,7 @@ class HubActor:
             if self._table.silent_jobs():
                 self._table.end_jobs(_ended_jobs())
             if silent := self._table.silent_actors():
-                self._table.end_actors(control_plane.actors_ended_in_good_order(silent, GCS_ANSWERS_S))
+                self._table.end_actors(_ended_actors(silent))
             self._table.forget(linger_s)
         self._end()
 
@@ -377,6 +377,14 @@ class HubActor:
                 if self._file_sd.read_bytes() == self._entry:  # else another hub has written it since
                     self._file_sd.unlink()
         ray.kill(self._self)
+
+
+def _ended_actors(silent: set[str]) -> dict[str, float]:
+    try:
+        return control_plane.actors_ended_in_good_order(silent, GCS_ANSWERS_S)
+    except Exception:  # a report may hold anything, and must not end the thread that keeps the hub
+        logger.debug("Ray does not say which actors have ended", exc_info=True)
+        return {}
 
 
 def _ended_jobs() -> dict[str, float]:

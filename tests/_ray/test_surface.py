@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import ray
@@ -55,3 +57,16 @@ def test_adopt_names_what_the_methods_of_this_ray_lack(monkeypatch):
     monkeypatch.setattr(surface, "_OF_METHODS", (*surface._OF_METHODS, "_gone"))
     with pytest.raises(enginefsm.UnsupportedRayError, match=r"lacks ray\.actor\.ActorMethod\._gone"):
         enginefsm.EngineMonitor().adopt(bare_handle(), name="engine-0")
+
+
+def test_the_versions_that_are_called_tested_are_those_of_the_matrix():
+    matrix = ast.parse((Path(__file__).parents[1] / "support" / "matrix.py").read_text())
+    (rows,) = (
+        ast.literal_eval(node.value)
+        for node in matrix.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "CI_ROWS"
+    )
+    full = {row.partition("+")[0].partition("@")[0] for row in rows if "+install" not in row}
+    installed = {row.partition("+")[0] for row in rows if "+install" in row}
+    assert full == {*versions.TESTED[:-1], "newest"}
+    assert installed - full == set(versions.INSTALLED)

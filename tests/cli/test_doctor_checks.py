@@ -74,6 +74,7 @@ FAULTS = {
     "a Ray that is too old": ("tested Ray", {"here": dataclasses.replace(HERE, ray="2.9.0")}),
     "a Ray that is too new": ("tested Ray", {"here": dataclasses.replace(HERE, ray="2.100.0")}),
     "a monitor without keepalive": ("silent links", {"hub": hub_of(fleet(manager(), manager(silent_link_s=420.0)))}),
+    "a monitor that turned it off": ("silent links", {"hub": hub_of(fleet(manager(), manager(silent_link_s=-1.0)))}),
     "a hub with a problem": ("hub", {"hub": hub_of(fleet(hub={"problem": "it cannot listen"}))}),
     "a hub that hangs": ("hub", {"hub": None, "hub_problem": "it does not answer"}),
     "a hub that cannot be reached": ("scraping", {"metrics": None, "metrics_problem": "refused"}),

@@ -522,6 +522,10 @@ def test_a_manager_whose_actor_is_killed_did_not_end_in_good_order(place, tmp_pa
     assert ray.get_runtime_context().get_job_id() not in control_plane.ended_jobs(), "its job goes on"
 
 
+def test_a_report_with_an_actor_that_cannot_be_asked_for_does_not_end_the_thread_that_keeps_the_hub(workers_import):
+    assert hub._ended_actors({"aabb", "not hex"}) == {}
+
+
 def test_ray_says_which_jobs_have_ended_and_when(workers_import):
     code = (
         "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False, _node_ip_address='127.0.0.1');"

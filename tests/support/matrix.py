@@ -42,6 +42,7 @@ CI_ROWS = [
     "2.57.1+install",
 ]
 TESTS = [
+    "test_surface.py",
     "test_handles.py",
     "test_outcomes.py",
     "test_recovery.py",
@@ -50,6 +51,8 @@ TESTS = [
     "test_launching.py",
     "test_health.py",
     "test_hub.py",
+    "test_calls.py",
+    "test_actorside.py",
 ]
 STEP_LIMIT_S = 30 * 60
 

@@ -10,14 +10,17 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError
 
 import enginefsm
 from enginefsm._ray import keepalive
+from support.engines import wait_until
 from support.hosts import Hosts
 
 LOAD_S = 10.0  # the launch ends while the link is silent
@@ -25,11 +28,13 @@ GIVE_UP_S = 500.0
 
 
 class LoadingEngine:
-    def __init__(self) -> None:
+    def __init__(self, begun: Path) -> None:
         self.runs = 0
+        self.begun = begun
 
     def init(self) -> int:
         self.runs += 1
+        self.begun.touch()
         time.sleep(LOAD_S)
         return self.runs
 
@@ -47,10 +52,12 @@ class Manager:
         logging.getLogger("enginefsm").addHandler(handler)
         self.monitor = enginefsm.EngineMonitor(policy=enginefsm.RetryPolicy(budget_s=120))
         engine_class = ray.remote(LoadingEngine).options(resources={"there": 1}, num_cpus=0)
-        self.handle, bare = engine_class.remote(), engine_class.remote()
+        marks = [Path(tempfile.mkdtemp()) / "begun" for _ in range(2)]  # the hosts share their files
+        self.handle, bare = (engine_class.remote(mark) for mark in marks)
         ray.get([self.handle.launches.remote(), bare.launches.remote()])
         self.call = self.monitor.adopt(self.handle, name="engine-0").init.remote()
         self.bare = bare.init.remote()
+        wait_until(lambda: all(mark.exists() for mark in marks), what="the beginning of both launches")
         return keepalive.finds_silent_links()
 
     def finish(self) -> dict[str, object]:
@@ -70,16 +77,21 @@ def bring_up(hosts: Hosts, address: str, *, with_keepalive: bool, silent_s: floa
     """Run the job on the near host; give what each step says. The link is silent for a time while engines load."""
     command = [sys.executable, "-m", "support.silent_link", address, "keepalive" if with_keepalive else "plain"]
     driver = hosts.here.start(command, stdout=subprocess.PIPE, text=True)
-    yield json.loads(driver.stdout.readline())
+    yield _said(driver)
     if silent_s:
-        time.sleep(1.0)  # the calls are on their way
         hosts.silence()
         time.sleep(silent_s)
         hosts.restore()
     restored_at = time.time()
-    said = json.loads(driver.stdout.readline())
+    said = _said(driver)
     yield {**said, "late_s": said["ready_at"] - restored_at}
     driver.wait()
+
+
+def _said(driver: subprocess.Popen) -> dict:
+    line = driver.stdout.readline()
+    assert line, f"the driver ended with {driver.wait()}"
+    return json.loads(line)
 
 
 def main(address: str, settings: str) -> None:

@@ -14,7 +14,6 @@ from enginefsm.cli.times import duration
 
 CLOCKS_APART_S = 2.0
 """Clocks may differ by this much: more bends the ages and times in tables and alerts."""
-SILENT_LINK_S = keepalive.PING_EVERY_S + keepalive.ANSWER_WITHIN_S
 REPORT_TAKES_S = 25.0
 """A report of a monitor may take this long to arrive, while the hub starts on a busy machine."""
 _NAMED = 5
@@ -107,7 +106,7 @@ def agreement(facts: Facts) -> Finding:
         return Finding("versions", Verdict.UNKNOWN, f"here {ours}", "There is nobody to compare with.")
     return Finding(
         "versions", Verdict.OK, ours,
-        "The head node, the hub and the monitors say the same. Ray itself refuses a node with another Ray.",
+        "Nobody who was asked says otherwise. Ray itself refuses a node with another Ray.",
     )  # fmt: skip
 
 
@@ -116,6 +115,8 @@ def tested(facts: Facts) -> Finding:
     here = facts.here.ray
     if here in versions.TESTED:
         return Finding("tested Ray", Verdict.OK, f"Ray {here}", "enginefsm's tests run on this Ray.")
+    if here in versions.INSTALLED:
+        return Finding("tested Ray", Verdict.OK, f"Ray {here}", "enginefsm's demo and type checks run on this Ray.")
     lowest, highest = versions.numbers(versions.TESTED[0]), versions.numbers(versions.TESTED[-1])
     if lowest <= versions.numbers(here) <= highest:
         return Finding(
@@ -136,16 +137,22 @@ def silent_links(facts: Facts) -> Finding:
         slow = [
             f"run {run['run']!r} on {manager['host']}, pid {manager['pid']}"
             for run, manager in told
-            if manager["silent_link_s"] > SILENT_LINK_S
+            if not keepalive.is_soon(manager["silent_link_s"])
         ]
-        longest_s = max(manager["silent_link_s"] for _, manager in told)
-        whose = f"the {_count(len(told), 'monitor')} of the hub" if not slow else f"the monitor of {_names(slow)}"
+        times_s = [manager["silent_link_s"] for _, manager in told]
+        longest_s = keepalive.NEVER_S if keepalive.NEVER_S in times_s else max(times_s)
+        whose = f"{_count(len(told), 'monitor')} of the hub" if not slow else f"the monitor of {_names(slow)}"
     else:
+        told = []
         longest_s, whose = facts.here.silent_link_s, "this process"
-        slow = [whose] if longest_s > SILENT_LINK_S else []
-    found = f"noticed within {longest_s:g} s by {whose}"
+        slow = [] if keepalive.is_soon(longest_s) else [whose]
+    found = f"{'never noticed' if longest_s == keepalive.NEVER_S else f'noticed within {longest_s:g} s'} by {whose}"
     if not slow:
         return Finding(row, Verdict.OK, found, "Ray's gRPC keepalive is on: a silent link costs seconds.")
+    if not told:
+        return Finding(
+            row, Verdict.NOTE, found, "No monitor told the hub of its Ray. This is the doctor's own process."
+        )
     if facts.cluster is not None and facts.cluster.alive < 2:
         return Finding(
             row, Verdict.NOTE, found, "Ray's gRPC keepalive is off. On one node there is no link that could go silent."
@@ -154,7 +161,7 @@ def silent_links(facts: Facts) -> Finding:
     return Finding(
         row, Verdict.ATTENTION, found,
         "A link between hosts that drops packets in silence delays results by minutes.",
-        f"Set {variables} before that process imports ray, or give its actor runtime_env=enginefsm.runtime_env().",
+        f"Set {variables} before ray.init in that process, or give its actor runtime_env=enginefsm.runtime_env().",
     )  # fmt: skip
 
 
@@ -175,10 +182,15 @@ def hub(facts: Facts) -> Finding:
             f"pid {about.get('pid')}, {_count(len(runs), 'run')}",
             "The monitors' metrics outlive their processes.",
         )  # fmt: skip
-    if facts.cluster is None:
+    if facts.cluster is None and facts.cluster_problem:
         return Finding(
             row, Verdict.UNKNOWN, facts.hub_problem or "not found", "Without the cluster it cannot be found."
         )
+    if facts.cluster is None:
+        return Finding(
+            row, Verdict.ATTENTION, facts.hub_problem, nobody,
+            "Look whether the hub listens at that address: run the doctor on a node of the cluster, without --address.",
+        )  # fmt: skip
     if facts.cluster.hub is not None and not facts.can_join:
         where = f"pid {facts.cluster.hub.pid} on {facts.cluster.hub.ip}"
         return Finding(row, Verdict.UNKNOWN, f"{where}, {facts.hub_problem}", "See the row versions.")
@@ -268,7 +280,7 @@ def exporters(facts: Facts) -> Finding:
             "Since the run began, an exporter could not deliver. Its sink may lack events.",
             'Search the job\'s log for "export to": each line says what failed.',
         )  # fmt: skip
-    return Finding(row, Verdict.OK, f"no errors in {_count(len(going_on), 'run')} that goes on", "Nothing was lost.")
+    return Finding(row, Verdict.OK, f"no errors; runs that go on: {len(going_on)}", "Nothing was lost.")
 
 
 def clocks(facts: Facts) -> Finding:
@@ -324,18 +336,19 @@ def retries(facts: Facts) -> Finding:
     if facts.hub is None:
         return Finding(row, Verdict.UNKNOWN, of_tasks, "The hub knows the engines. See the row hub.")
     engines = [engine for run in facts.hub.fleet["runs"] if run["state"] != "stopped" for engine in run["engines"]]
-    repeated = [
-        f"{engine['engine']} ({engine['max_task_retries']})" for engine in engines if engine.get("max_task_retries")
-    ]
+    told = [(each["engine"], each["max_task_retries"]) for each in engines if each.get("max_task_retries") is not None]
+    repeated = [f"{name} ({'without a bound' if retries < 0 else retries})" for name, retries in told if retries]
     if repeated:
         return Finding(
-            row, Verdict.ATTENTION, f"max_task_retries is above 0: {_names(repeated)}",
+            row, Verdict.ATTENTION, f"max_task_retries is not 0: {_names(repeated)}",
             "Ray runs a method that was cut off a second time: two init, two servers on the same GPUs. Calls through "
             "enginefsm are safe, calls on the plain handle are not.",
             "Create these actors with max_task_retries=0.",
         )  # fmt: skip
+    if engines and not told:
+        return Finding(row, Verdict.UNKNOWN, of_tasks, "No monitor told the hub how often Ray repeats calls.")
     return Finding(
-        row, Verdict.OK, f"max_task_retries is 0 for {_count(len(engines), 'engine')}; {of_tasks}",
+        row, Verdict.OK, f"max_task_retries is 0 for {_count(len(told), 'engine')}; {of_tasks}",
         "Ray runs no method of an engine twice.",
     )  # fmt: skip
 

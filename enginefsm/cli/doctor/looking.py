@@ -44,7 +44,7 @@ def _here(environ: Mapping[str, str]) -> Here:
         python=platform.python_version(),
         ray=ray.__version__,
         enginefsm=version("enginefsm"),
-        silent_link_s=sum(keepalive.in_effect_ms()) / 1000,
+        silent_link_s=keepalive.silent_link_s(),
         task_max_retries=environ.get("RAY_TASK_MAX_RETRIES"),
     )
 
@@ -87,6 +87,8 @@ def _look_at_hub(facts: Facts, address: str | None, environ: Mapping[str, str]) 
     if finding.is_hub_address(address):
         assert address is not None
         url: str | None = address.rstrip("/")
+    elif address is not None and facts.cluster is None:
+        url = None  # the hub of the file may be another cluster's
     else:
         url = finding.address_left_in(finding.file_sd(environ))
     problem = ""
