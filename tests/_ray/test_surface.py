@@ -12,7 +12,7 @@ import ray
 from support.bare_handles import bare_handle
 
 import enginefsm
-from enginefsm._ray import loopback, surface
+from enginefsm._ray import loopback, surface, versions
 
 
 @pytest.mark.parametrize(
