@@ -259,11 +259,23 @@ def _check(pid: int) -> None:
             # raylet belongs to that raylet.
             if os.path.basename(name) in _RAYS_OWN:
                 break
-            if name.startswith("ray::"):
+            if name.startswith("ray::") or _is_untitled_worker(each):
                 return
     except psutil.NoSuchProcess:
         raise _refusal(pid, "a process that has ended") from None
     raise _refusal(pid, repr(title))
+
+
+def _is_untitled_worker(process: psutil.Process) -> bool:
+    """Return whether the process is a Ray worker that kept its command line.
+
+    Ray cannot always set the title of a process (seen on 2.55.1, in about one actor of a hundred).
+    """
+    parent = process.parent()
+    below_raylet = parent is not None and os.path.basename(_title(parent)) == "raylet"
+    return below_raylet and any(
+        os.path.basename(word) == "default_worker.py" for word in " ".join(process.cmdline()).split()
+    )
 
 
 def _title(process: psutil.Process) -> str:

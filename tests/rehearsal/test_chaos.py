@@ -45,6 +45,11 @@ class Engine:
             time.sleep(0.02)
         return "ready"
 
+    def init_without_a_title(self, started: Path, release: Path) -> str:
+        """Run with the command line that a worker has before Ray sets a title."""
+        ray._raylet.setproctitle("python -u /ray/_private/workers/default_worker.py --node-ip-address=127.0.0.1")
+        return self.init(started, release)
+
     def times_init_ended(self) -> int:
         return self.inits
 
@@ -579,6 +584,18 @@ def test_an_idle_worker_is_refused(chaos_cluster):
     pid = wait_until(an_idle_worker)
     assert_refused(pid, "'ray::IDLE'")
     assert not is_stopped(pid)
+
+
+def test_an_actor_whose_title_ray_could_not_set_is_known_as_a_worker(start, tmp_path):
+    engine, pid = start(Engine)
+    started, release = tmp_path / "started", tmp_path / "release"
+    call = engine.init_without_a_title.remote(started, release)
+    wait_until(started.exists)
+    assert not title(pid).startswith("ray::")
+    with chaos.freeze(pid):
+        wait_until(lambda: is_stopped(pid))
+    release.touch()
+    assert ray.get(call, timeout=60) == "ready"
 
 
 def test_every_title_that_ray_gives_its_own_python_processes_is_known():
