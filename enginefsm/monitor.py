@@ -127,7 +127,7 @@ class EngineMonitor:
         engine = self._registry.adopt(handle, name, launch, launched_if, texts, self)
         self.metrics.expect_calls(engine.fsm.labels, launch)
         self._delivery.deliver_here_or_aside()
-        if not keepalive.finds_silent_links():
+        if keepalive.would_warn():
             self.stages.look(0)  # its answer tells which nodes engines are on
         return engine
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -62,10 +63,13 @@ def actors_ended_in_good_order(actor_ids: Iterable[str], timeout_s: float) -> di
     """Return those of the actors (ids in hex) that ended by `exit_actor()` or because nobody held a handle any more.
 
     The value is the time of the end, in seconds since the epoch. An actor that was killed, crashed or failed in its
-    constructor is not among them. Returns nothing if the GCS has not answered within `timeout_s` seconds. Call it on a
-    thread without an event loop.
+    constructor is not among them, nor is a text that is no actor id. Returns nothing if the GCS has not answered within
+    `timeout_s` seconds. Call it on a thread without an event loop.
     """
-    wanted = [ray.ActorID(bytes.fromhex(actor_id)) for actor_id in actor_ids]
+    wanted = []
+    for actor_id in actor_ids:
+        with contextlib.suppress(ValueError):
+            wanted.append(ray.ActorID(bytes.fromhex(actor_id)))
     answers = _ask([{"actor_id": actor_id} for actor_id in wanted], timeout_s) or []
     return {
         actor.hex(): about.end_time / 1000

@@ -74,6 +74,11 @@ def finds_silent_links() -> bool:
     return is_soon(silent_link_s())
 
 
+def would_warn() -> bool:
+    """Return whether `warn_of_silent_links` still has something to say in this process."""
+    return not (_warned or finds_silent_links())
+
+
 def warn_of_silent_links(nodes: Iterable[str | None]) -> None:
     """Log one line in this process's life if an engine is on another node and a silent link would go unnoticed.
 
@@ -81,7 +86,7 @@ def warn_of_silent_links(nodes: Iterable[str | None]) -> None:
         nodes: The ids (hex) of the nodes that engines are on, None for an engine that has no node yet.
     """
     global _warned
-    if _warned or finds_silent_links():
+    if not would_warn():
         return
     known = {node for node in nodes if node is not None}
     if not known or known == {ray.get_runtime_context().get_node_id()}:

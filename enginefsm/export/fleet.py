@@ -56,7 +56,7 @@ import dataclasses
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NotRequired, Required, TypedDict
+from typing import Any, Literal, NotRequired, Required, TypedDict
 
 from prometheus_client import generate_latest
 from prometheus_client.core import Metric
@@ -75,6 +75,9 @@ from enginefsm.metrics.collector import (
 )
 
 PROTOCOL = 1
+Owner = Literal["job", "actor"]
+"""What a manager in an actor ends with, by its field in a report."""
+
 SILENT_S = 15.0
 """A manager that sent no report for so long is silent. This is three heartbeats."""
 
@@ -221,33 +224,21 @@ class FleetTable:
         with self._lock:
             return self._clock() - self._heard_at
 
-    def silent_jobs(self) -> set[str]:
-        """Return the jobs of actors whose managers are silent and did not say why."""
+    def silent(self, owner: Owner) -> set[str]:
+        """Return the ids of the jobs, or actors, whose managers are in an actor, are silent and did not say why."""
         with self._lock:
-            return {job for manager in self._gone_silent() if (job := manager.report["job"])}
+            return {known for manager in self._gone_silent() if (known := manager.report.get(owner, ""))}
 
-    def silent_actors(self) -> set[str]:
-        """Return the ids of actors whose managers are silent and did not say why."""
-        with self._lock:
-            return {actor for manager in self._gone_silent() if (actor := manager.report.get("actor", ""))}
-
-    def end_jobs(self, ended: Mapping[str, float]) -> None:
-        """Mark the silent managers in actors of these jobs as stopped, at the time given for the job."""
-        with self._lock:
-            for manager in self._gone_silent():
-                if manager.report["job"] in ended:
-                    manager.report = {**manager.report, "stopped_s": ended[manager.report["job"]]}
-
-    def end_actors(self, ended: Mapping[str, float]) -> None:
-        """Mark the silent managers in these actors as stopped, at the time given for the actor.
+    def end(self, owner: Owner, ended: Mapping[str, float]) -> None:
+        """Mark the silent managers in these jobs, or actors, as stopped, at the time given for each id.
 
         Ray calls an actor's `__ray_shutdown__` from 2.50 on. Before that, a manager in an actor that ends in good order
         falls silent.
         """
         with self._lock:
             for manager in self._gone_silent():
-                if manager.report.get("actor") in ended:
-                    manager.report = {**manager.report, "stopped_s": ended[manager.report["actor"]]}
+                if (known := manager.report.get(owner, "")) in ended:
+                    manager.report = {**manager.report, "stopped_s": ended[known]}
 
     def _gone_silent(self) -> list[_Manager]:
         return [one for one in self._managers.values() if not one.report["stopped_s"] and self._has_ended(one)]

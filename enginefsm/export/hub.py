@@ -27,7 +27,7 @@ import socket
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -360,10 +360,10 @@ class HubActor:
             time.sleep(min(BIND_AGAIN_S, max(0.01, linger_s - self._table.silent_for_s())))
             if self._problem is not None:
                 self._listen()
-            if self._table.silent_jobs():
-                self._table.end_jobs(_ended_jobs())
-            if silent := self._table.silent_actors():
-                self._table.end_actors(_ended_actors(silent))
+            if self._table.silent("job"):
+                self._table.end("job", _answer(control_plane.ended_jobs))
+            if actors := self._table.silent("actor"):
+                self._table.end("actor", _answer(control_plane.actors_ended_in_good_order, actors, GCS_ANSWERS_S))
             self._table.forget(linger_s)
         self._end()
 
@@ -379,19 +379,12 @@ class HubActor:
         ray.kill(self._self)
 
 
-def _ended_actors(silent: set[str]) -> dict[str, float]:
+def _answer(question: Callable[..., dict[str, float]], *args: Any) -> dict[str, float]:
+    """Return what Ray answers, or nothing if it cannot be asked now."""
     try:
-        return control_plane.actors_ended_in_good_order(silent, GCS_ANSWERS_S)
-    except Exception:  # a report may hold anything, and must not end the thread that keeps the hub
-        logger.debug("Ray does not say which actors have ended", exc_info=True)
-        return {}
-
-
-def _ended_jobs() -> dict[str, float]:
-    try:
-        return control_plane.ended_jobs()
+        return question(*args)
     except Exception:  # Ray raises various errors if the GCS is away; the next turn asks again
-        logger.debug("Ray does not say which jobs have ended", exc_info=True)
+        logger.debug("Ray does not answer %s", question.__name__, exc_info=True)
         return {}
 
 

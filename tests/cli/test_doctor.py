@@ -11,36 +11,25 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import ray
 from ray._raylet import GcsClient
 from support import exporting_job
-from support.clusters import WORKERS_PATH
+from support.clusters import SOURCE, WITH_ENGINEFSM
 from support.engines import wait_until
 from support.hub_scene import Scene
 
-import enginefsm
 from enginefsm._ray import keepalive, versions
 from enginefsm.cli import ends
 from enginefsm.cli.status import finding
 
 COMMAND = [sys.executable, "-m", "enginefsm.cli", "doctor"]
 TIMEOUT_S = 90
-SOURCE = Path(enginefsm.__file__).parents[1]
 CHECKS = [
     "cluster", "versions", "tested Ray", "silent links", "hub", "scraping", "file_sd", "exporters", "clocks",
     "children", "retries",
 ]  # fmt: skip
-
-
-@pytest.fixture
-def scene(clusters, tmp_path):
-    clusters.use(PYTHONPATH=f"{SOURCE}:{WORKERS_PATH}")
-    made = Scene(tmp_path)
-    yield made
-    made.close()
 
 
 @pytest.fixture
@@ -79,7 +68,7 @@ def job(scene, run, retries=0, textfile="", **environ):
     process = subprocess.Popen(
         [sys.executable, exporting_job.__file__, scene.address, run, scene.file_sd, directory, str(retries), textfile],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        env={**os.environ, **environ, "PYTHONPATH": f"{SOURCE}:{WORKERS_PATH}"},
+        env={**os.environ, **environ, "PYTHONPATH": WITH_ENGINEFSM},
     )  # fmt: skip
     try:
         assert process.stdout.readline() == b"exported\n"
@@ -183,7 +172,7 @@ def second_node(address):
 
 def test_a_monitor_without_keepalive_matters_where_there_are_two_nodes(clusters, tmp_path):
     clusters.close()
-    clusters.use(PYTHONPATH=f"{SOURCE}:{WORKERS_PATH}")  # a cluster of its own: it gets a node more
+    clusters.use(PYTHONPATH=WITH_ENGINEFSM)  # a cluster of its own: it gets a node more
     scene = Scene(tmp_path)
     without = dict.fromkeys(keepalive.VARIABLES, "300000")
     try:

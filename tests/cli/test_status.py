@@ -14,14 +14,11 @@ import subprocess
 import sys
 import time
 from http.server import BaseHTTPRequestHandler
-from pathlib import Path
 
 import pytest
-from support.clusters import WORKERS_PATH
-from support.hub_scene import Scene
+from support.clusters import SOURCE
 from support.servers import serving
 
-import enginefsm
 from enginefsm.cli import ends
 from enginefsm.cli.main import main
 from enginefsm.cli.status import HubReader, NothingToSeeError
@@ -31,14 +28,6 @@ from enginefsm.cli.times import duration
 COMMAND = [sys.executable, "-m", "enginefsm.cli"]
 TIMEOUT_S = 90
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-
-
-@pytest.fixture
-def scene(clusters, tmp_path):
-    clusters.use(PYTHONPATH=f"{Path(enginefsm.__file__).parents[1]}:{WORKERS_PATH}")
-    made = Scene(tmp_path)
-    yield made
-    made.close()
 
 
 @pytest.fixture
@@ -146,7 +135,7 @@ def test_no_cluster_on_this_machine_is_said_to_be_so_and_none_is_started(tmp_pat
     )
     environ = {
         "ENGINEFSM_HUB_FILE_SD": str(tmp_path / "none"), "RAY_TMPDIR": str(tmp_path), "TMPDIR": str(tmp_path),
-        "PYTHONPATH": f"{tmp_path}:{Path(enginefsm.__file__).parents[1]}",
+        "PYTHONPATH": f"{tmp_path}:{SOURCE}",
     }  # fmt: skip
     ran = subprocess.run(
         [*COMMAND, "status"], capture_output=True, text=True, timeout=TIMEOUT_S, check=False,

@@ -9,12 +9,11 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from pathlib import Path
 
 import pytest
 import ray
 from ray.exceptions import ActorDiedError
-from support.clusters import WORKERS_PATH
+from support.clusters import WITH_ENGINEFSM
 from support.engines import Engine, wait_until
 from support.servers import monitoring
 
@@ -79,7 +78,7 @@ def operators(clusters, tmp_path_factory):
     """What a team that is on call has: the hub found by Prometheus, and a webhook that is told."""
     directory = tmp_path_factory.mktemp("operators")
     dashboard_files.write(directory)
-    clusters.use(PYTHONPATH=f"{Path(enginefsm.__file__).parents[1]}:{WORKERS_PATH}")
+    clusters.use(PYTHONPATH=WITH_ENGINEFSM)
     file_sd = directory / "hub.json"
     running = hub.start(hub.HubSettings(file_sd=str(file_sd)))
     try:

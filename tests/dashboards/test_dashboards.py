@@ -16,13 +16,12 @@ from pathlib import Path
 import build
 import pytest
 import ray
-from support.clusters import WORKERS_PATH
+from support.clusters import WITH_ENGINEFSM
 from support.engines import held_within, kill, wait_until
 from support.known_faults import Manager
 from support.servers import monitoring
 from support.standin_fleet import StandInFleet
 
-import enginefsm
 from enginefsm.cli import dashboard_files
 from enginefsm.export import hub
 from enginefsm.fsm.states import Reason
@@ -329,7 +328,7 @@ def watched(clusters, tmp_path_factory):
     """The hub before a real Prometheus, and a manager's two runs: `glm` with faults, `qwen` without."""
     directory = tmp_path_factory.mktemp("watched")
     dashboard_files.write(directory)
-    clusters.use(PYTHONPATH=f"{Path(enginefsm.__file__).parents[1]}:{WORKERS_PATH}")
+    clusters.use(PYTHONPATH=WITH_ENGINEFSM)
     file_sd = directory / "hub.json"
     running = hub.start(hub.HubSettings(file_sd=str(file_sd)))
     try:

@@ -24,7 +24,7 @@ import ray
 from prometheus_client import generate_latest
 from ray.exceptions import ActorDiedError
 from support.bare_handles import bare_handle
-from support.clusters import WORKERS_PATH
+from support.clusters import WITH_ENGINEFSM
 from support.engines import Engine, SlowToConstruct, kill, wait_until
 from support.exports import adopt, errors_of, move, samples, value, without_times
 from support.ray_versions import CALLS_RAY_SHUTDOWN
@@ -45,7 +45,7 @@ numbers = itertools.count()
 @pytest.fixture
 def workers_import(clusters):
     """Ray whose workers have this enginefsm, and the tests' modules."""
-    clusters.use(PYTHONPATH=f"{Path(enginefsm.__file__).parents[1]}:{WORKERS_PATH}")
+    clusters.use(PYTHONPATH=WITH_ENGINEFSM)
 
 
 class Namespace:
@@ -461,7 +461,12 @@ def test_inside_ray_the_process_s_monitor_exports_to_the_hub_by_default(workers_
         enginefsm.configure(export=())
 
 
-class ManagerInAnActor:
+class Leaver:
+    def leave(self):
+        ray.actor.exit_actor()
+
+
+class ManagerInAnActor(Leaver):
     """With a cleanup of its own, and the atexit handler of a library."""
 
     def __init__(self, settings, namespace, log):
@@ -476,9 +481,6 @@ class ManagerInAnActor:
 
     def up(self):
         return self.monitor.flush(timeout_s=30)
-
-    def leave(self):
-        ray.actor.exit_actor()
 
 
 class ManagerWithACleanup(ManagerInAnActor):
@@ -522,8 +524,16 @@ def test_a_manager_whose_actor_is_killed_did_not_end_in_good_order(place, tmp_pa
     assert ray.get_runtime_context().get_job_id() not in control_plane.ended_jobs(), "its job goes on"
 
 
-def test_a_report_with_an_actor_that_cannot_be_asked_for_does_not_end_the_thread_that_keeps_the_hub(workers_import):
-    assert hub._ended_actors({"aabb", "not hex"}) == {}
+def test_a_text_that_is_no_actor_id_hides_no_actor_that_ended_in_good_order(workers_import):
+    actor = ray.remote(num_cpus=0)(Leaver).remote()
+    ray.get(actor.__ray_ready__.remote())
+    actor_id = actor._actor_id.hex()
+    actor.leave.remote()
+
+    def ended():
+        return control_plane.actors_ended_in_good_order({"aabb", "not hex", actor_id}, 10)
+
+    assert wait_until(ended, what="the end").keys() == {actor_id}
 
 
 def test_ray_says_which_jobs_have_ended_and_when(workers_import):
@@ -591,7 +601,7 @@ ENDS = {
 @pytest.fixture(scope="module")
 def ending(tmp_path_factory):
     """A process for each of `ENDS`, side by side, each with a cluster of its own; and the file that it leaves."""
-    path = f"{Path(enginefsm.__file__).parents[1]}:{WORKERS_PATH}"
+    path = WITH_ENGINEFSM
     started = {}
     for name, case in ENDS.items():
         done = tmp_path_factory.mktemp("ending") / "done"
@@ -694,7 +704,7 @@ def test_scrapes_and_reports_do_not_wait_for_one_another(place):
 
 
 def test_after_ray_s_shutdown_the_process_s_monitor_begins_anew(clusters, tmp_path, monkeypatch):
-    path = f"{Path(enginefsm.__file__).parents[1]}:{WORKERS_PATH}"
+    path = WITH_ENGINEFSM
     monkeypatch.setenv("ENGINEFSM_EXPORT", "hub")
     monkeypatch.setenv("ENGINEFSM_HUB_FILE_SD", str(tmp_path / "sd.json"))
     enginefsm.configure(run="twice")

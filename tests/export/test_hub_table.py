@@ -247,12 +247,12 @@ def test_a_manager_in_an_actor_that_falls_silent_with_the_end_of_its_job_is_stop
     inside.job, other.job = "02000000", "03000000"
     for one in (inside, driver, other):
         one.send()
-    table.end_jobs({"02000000": clock.now})
-    assert table.silent_jobs() == set(), "while it is heard of, it goes on"
+    table.end("job", {"02000000": clock.now})
+    assert table.silent("job") == set(), "while it is heard of, it goes on"
     assert [run["state"] for run in table.as_json()["runs"]] == ["alive", "alive", "alive"]
     clock.now += SILENT_S
-    assert table.silent_jobs() == {"02000000", "03000000"}
-    table.end_jobs({"02000000": 1005.0})
+    assert table.silent("job") == {"02000000", "03000000"}
+    table.end("job", {"02000000": 1005.0})
     assert {run["run"]: run["state"] for run in table.as_json()["runs"]} == {
         "inside": "stopped", "driver": "silent", "other": "silent",
     }  # fmt: skip
@@ -266,10 +266,10 @@ def test_a_manager_that_falls_silent_with_the_good_end_of_its_actor_is_stopped(t
     inside.actor = "a1"
     for one in (inside, driver):
         one.send()
-    assert table.silent_actors() == set(), "while it is heard of, it goes on"
+    assert table.silent("actor") == set(), "while it is heard of, it goes on"
     clock.now += SILENT_S
-    assert table.silent_actors() == {"a1"}
-    table.end_actors({"a1": 1005.0})
+    assert table.silent("actor") == {"a1"}
+    table.end("actor", {"a1": 1005.0})
     assert {run["run"]: run["state"] for run in table.as_json()["runs"]} == {"inside": "stopped", "driver": "silent"}
     assert value(text_of(table), "enginefsm_monitor_stopped_timestamp_seconds", run="inside") == 1005
 
@@ -280,7 +280,7 @@ def test_a_manager_of_an_older_release_says_nothing_of_its_actor(table, manager,
     del report["actor"]
     assert table.accept(report)
     clock.now += SILENT_S
-    assert table.silent_actors() == set()
+    assert table.silent("actor") == set()
 
 
 def test_a_heartbeat_alone_keeps_the_engines_as_they_are(table, manager, clock):

@@ -9,11 +9,16 @@ from unittest import mock
 
 import ray
 
+import enginefsm
 from enginefsm._ray import keepalive
 
 _TESTS = Path(__file__).parents[1]
 WORKERS_PATH = os.pathsep.join(str(path) for path in (_TESTS, *sorted(_TESTS.iterdir())) if path.is_dir())
 """The PYTHONPATH of workers, which import the tests' actor classes by the names that pytest gives the test files."""
+
+SOURCE = Path(enginefsm.__file__).parents[1]
+WITH_ENGINEFSM = f"{SOURCE}{os.pathsep}{WORKERS_PATH}"
+"""The same for workers that import enginefsm, the one that is tested, too."""
 
 
 def _start():

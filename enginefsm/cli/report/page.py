@@ -57,7 +57,7 @@ class SlowLaunch:
     text: str
     never: bool
     share: str
-    """Of the longest, in percent."""
+    """The length in percent of the longest."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
